@@ -1,0 +1,138 @@
+"""Exception tree. Every error says what, which, how much and what to do next; none is ever returned as a value.
+
+Each class has two parents, ours and the builtin that a caller would expect, a `code` that crosses the wire, and the
+exit code that the command line ends with.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TiermemError(Exception):
+    """Root of all errors of this package."""
+
+    code: ClassVar[str] = "failed"
+    exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        # KeyError would print its argument's repr.
+        return " ".join(str(arg) for arg in self.args)
+
+
+class ConfigError(TiermemError, ValueError):
+    """An option has an unknown name or an unusable value."""
+
+    code = "config"
+    exit_code = 2
+
+
+class DaemonUnreachable(TiermemError, ConnectionError):
+    """No daemon answers at the address, or the connection to it broke."""
+
+    code = "unreachable"
+    exit_code = 3
+
+
+class ModelNotFound(TiermemError, KeyError):
+    """No model of that name is in the pool."""
+
+    code = "model-not-found"
+    exit_code = 4
+
+
+class TensorNotFound(TiermemError, KeyError):
+    """The model has no tensor of that name."""
+
+    code = "tensor-not-found"
+    exit_code = 4
+
+
+class CheckpointNotFound(TiermemError, FileNotFoundError):
+    """The path holds no checkpoint."""
+
+    code = "checkpoint-not-found"
+    exit_code = 4
+
+
+class CapacityError(TiermemError, MemoryError):
+    """A tier lacks room, and nothing in it may be evicted."""
+
+    code = "capacity"
+    exit_code = 5
+
+
+class Refused(TiermemError, RuntimeError):
+    """The pool declines: the model is leased, pinned, or the name is taken."""
+
+    code = "refused"
+    exit_code = 5
+
+
+class AccessDenied(TiermemError, PermissionError):
+    """The caller is not who may do this."""
+
+    code = "access-denied"
+    exit_code = 5
+
+
+class CheckpointError(TiermemError, ValueError):
+    """A checkpoint is malformed; nothing of it was loaded."""
+
+    code = "checkpoint"
+    exit_code = 6
+
+
+class CheckpointChanged(CheckpointError):
+    """A checkpoint changed while it was read, or since its digests were taken."""
+
+    code = "checkpoint-changed"
+
+
+class DigestMismatch(TiermemError, ValueError):
+    """Bytes do not have the digest that they must have; they are not served."""
+
+    code = "digest"
+    exit_code = 6
+
+
+class ReadError(TiermemError, OSError):
+    """A source could not deliver bytes."""
+
+    code = "read"
+
+
+class NativeError(TiermemError, OSError):
+    """The native core failed; `errno` holds the system's number where there is one."""
+
+    code = "native"
+
+    def __init__(self, message: str, number: int = 0) -> None:
+        super().__init__(message)
+        self.errno = number
+
+
+class ProtocolError(TiermemError, ValueError):
+    """A message is not of the protocol, or the two ends speak different versions of it."""
+
+    code = "protocol"
+
+
+class DeadlineExceeded(TiermemError, TimeoutError):
+    """The time given for an operation passed before it ended."""
+
+    code = "deadline"
+
+
+class Closed(TiermemError, ValueError):
+    """A model, pool or client was used after it was closed."""
+
+    code = "closed"
+
+
+def _walk(root: type[TiermemError]) -> list[type[TiermemError]]:
+    return [root] + [cls for child in root.__subclasses__() for cls in _walk(child)]
+
+
+BY_CODE: dict[str, type[TiermemError]] = {cls.code: cls for cls in _walk(TiermemError)}
+"""Wire code -> class; an unknown code becomes TiermemError."""
