@@ -1,0 +1,33 @@
+/* What the files of the core share among themselves: page arithmetic and splitting work over threads. */
+#ifndef TIERMEM_INTERNAL_H
+#define TIERMEM_INTERNAL_H
+#include <errno.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "prim.h"
+#include "tiermem.h"
+
+/* Sizes and offsets stay below this, so that sums of two, rounded up, neither wrap nor leave off_t. */
+#define TM_BYTES_MAX (UINT64_C(1) << 60)
+#define TM_THREADS_MAX 64u
+
+static inline bool tm_is_whole_pages(uint64_t bytes) { return bytes % TM_PAGE_BYTES == 0; }
+
+/* pre: bytes <= TM_BYTES_MAX */
+static inline uint64_t tm_round_up(uint64_t bytes, uint64_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+/* Does [offset, offset+length) lie in [0, bytes)? Never overflows. */
+static inline bool tm_within(uint64_t offset, uint64_t length, uint64_t bytes) {
+    return offset <= bytes && length <= bytes - offset;
+}
+
+static inline uint64_t tm_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+/* Work on [offset, offset+length): 0 or a negative status. Called by several threads at once. */
+typedef int tm_work(void *argument, uint64_t offset, uint64_t length);
+
+/* Cut [0, bytes) into steps and let up to `threads` threads, the caller among them, take them in ascending order.
+ * Returns the first failure, after which no further step begins. */
+int tm_split(uint64_t bytes, uint64_t step, unsigned threads, tm_work *work, void *argument);
+#endif

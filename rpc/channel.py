@@ -1,0 +1,153 @@
+"""The client's glue: blocking calls over one gRPC channel. Never keeps state of the pool, never starts a daemon.
+
+Owns deadlines, the retry of idempotent calls, and the translation of statuses back into exceptions. A channel may be
+used by several threads at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from tiermem.errors import Closed, DaemonUnreachable, DeadlineExceeded, ProtocolError, TiermemError
+from tiermem.rpc import codec
+from tiermem.rpc.messages import ERROR_KEY, SESSION_KEY, AttachEvent, AttachRequest, Failure
+from tiermem.rpc.methods import METHODS, Method
+
+RETRY_PAUSES_S = (0.05, 0.15)
+"""Before the second and third try of an idempotent call; together longer than the first reconnect's back-off."""
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", codec.MAX_MESSAGE_BYTES),
+    ("grpc.default_authority", "localhost"),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.service_config_disable_resolution", 1),
+    ("grpc.enable_retries", 0),
+    # Otherwise clients in one process share connections, and one client's dead connection is the next one's.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+
+class Channel:
+    """A connection to the pool at `address` (`unix:PATH` or `HOST:PORT`), made when it is first used.
+
+    `token_source` gives the session token for each call.
+    """
+
+    def __init__(self, address: str, token_source: Callable[[], bytes]) -> None:
+        self.address = address
+        self._token_source = token_source
+        self._closed = False
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._calls = {name: self._multicallable(method) for name, method in METHODS.items()}
+
+    def call(self, name: str, request: Any, timeout_s: float | None = None) -> Any:
+        """The reply to `request`, of the class that the table gives for method `name`.
+
+        `timeout_s` replaces the table's deadline and covers all tries. Raises what the pool's handler raised, or
+        DaemonUnreachable, DeadlineExceeded, ProtocolError, Closed.
+        """
+        method, data = METHODS[name], codec.encode(request)
+        limit = method.deadline_s if timeout_s is None else timeout_s
+        deadline = None if limit is None else time.monotonic() + limit
+        for pause in (*(RETRY_PAUSES_S if method.idempotent else ()), None):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                return codec.decode(method.reply, self._invoke(method, data, left))
+            except grpc.RpcError as error:
+                if pause is None or not _is_transport_failure(error) or self._closed:
+                    raise self._exception(method, error, limit) from None
+            time.sleep(pause if left is None else min(pause, left))
+        raise AssertionError("the last try returns or raises")
+
+    def attach(self, request: AttachRequest) -> Attachment:
+        """Start the stream whose life is that of this client's leases; errors come from iterating it."""
+        method = METHODS["Attach"]
+        return Attachment(self, method, self._invoke(method, codec.encode(request), None))
+
+    def close(self) -> None:
+        """End all calls and streams; they and later ones raise Closed."""
+        self._closed = True
+        self._channel.close()
+
+    def _multicallable(self, method: Method) -> Any:
+        create: Any = self._channel.unary_stream if method.streams else self._channel.unary_unary
+        return create(method.path)
+
+    def _invoke(self, method: Method, data: bytes, timeout_s: float | None) -> Any:
+        token = self._token_source()
+        try:
+            return self._calls[method.name](data, timeout=timeout_s, metadata=((SESSION_KEY, token),))
+        except ValueError:
+            # How gRPC says that its channel is closed.
+            if self._closed:
+                raise self._closed_error() from None
+            raise
+
+    def _closed_error(self) -> Closed:
+        return Closed(f"the connection to the pool at {self.address} is closed; connect again")
+
+    def _exception(self, method: Method, error: grpc.RpcError, limit: float | None) -> TiermemError:
+        failure = _failure_in(error)
+        if failure is not None:
+            return codec.error_of(failure)
+        status, details = error.code(), error.details()
+        if self._closed:
+            return self._closed_error()
+        if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+            given = "its deadline" if limit is None else f"{limit:g} s"
+            return DeadlineExceeded(f"{method.name}: the pool at {self.address} gave no answer within {given}")
+        if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+            return DaemonUnreachable(
+                f"no pool answers {method.name} at {self.address} ({details}); start it with: tiermem serve"
+            )
+        if status in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED):
+            return ProtocolError(f"{method.name} is refused by what answers at {self.address}: {details}")
+        return TiermemError(f"{method.name} failed at {self.address}: {status.name} {details}")
+
+
+class Attachment(Iterator[AttachEvent]):
+    """The events of an attached client. Iteration ends when the pool ends the stream or `cancel` was called.
+
+    It raises what the pool raised, DaemonUnreachable when the connection broke, Closed when the channel was closed.
+    """
+
+    def __init__(self, channel: Channel, method: Method, stream: Any) -> None:
+        self._channel, self._method, self._stream = channel, method, stream
+        self._cancelled = False
+
+    def __next__(self) -> AttachEvent:
+        try:
+            data = next(self._stream)
+        except grpc.RpcError as error:
+            if self._cancelled:
+                raise StopIteration from None
+            raise self._channel._exception(self._method, error, None) from None
+        return codec.decode(AttachEvent, data)
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called once, from any thread, when the stream has ended, whoever ended it."""
+        self._stream.add_done_callback(lambda _: callback())
+
+    def cancel(self) -> None:
+        """End the stream, and with it the client's leases; from any thread."""
+        self._cancelled = True
+        self._stream.cancel()
+
+
+def _failure_in(error: Any) -> Failure | None:
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_KEY:
+            return codec.decode(Failure, value)
+    return None
+
+
+def _is_transport_failure(error: Any) -> bool:
+    return error.code() is grpc.StatusCode.UNAVAILABLE and _failure_in(error) is None

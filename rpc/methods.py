@@ -1,0 +1,46 @@
+"""The table of methods: what may be called, with which messages, for how long, and whether twice. Never calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tiermem.rpc import messages
+
+SERVICE = "tiermem.Pool"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A remote procedure. `deadline_s` None: no limit but the caller's. `idempotent`: may be sent again."""
+
+    name: str
+    request: type[Any]
+    reply: type[Any]
+    streams: bool = False
+    idempotent: bool = False
+    deadline_s: float | None = 30.0
+
+    @property
+    def path(self) -> str:
+        return f"/{SERVICE}/{self.name}"
+
+
+# Open is not idempotent: each call is a new lease. Pins are counted. A second Remove would not find the model.
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("Attach", messages.AttachRequest, messages.AttachEvent, streams=True, deadline_s=None),
+        Method("Load", messages.LoadRequest, messages.LoadReply, idempotent=True),
+        Method("Open", messages.OpenRequest, messages.OpenReply),
+        Method("Wait", messages.WaitRequest, messages.WaitReply, idempotent=True, deadline_s=None),
+        Method("Release", messages.ReleaseRequest, messages.Empty, idempotent=True, deadline_s=10.0),
+        Method("Pin", messages.PinRequest, messages.PinReply, deadline_s=10.0),
+        Method("Unpin", messages.UnpinRequest, messages.PinReply, deadline_s=10.0),
+        Method("Evict", messages.EvictRequest, messages.EvictReply, idempotent=True),
+        Method("Remove", messages.RemoveRequest, messages.RemoveReply),
+        Method("Status", messages.StatusRequest, messages.StatusReply, idempotent=True, deadline_s=10.0),
+    )
+}
+"""By name."""

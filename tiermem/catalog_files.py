@@ -1,0 +1,80 @@
+"""Catalog files: what a new daemon needs to adopt a pool's models, one small durable file a model.
+
+Owns one directory. Never touches segments, and never believes a file that does not match its own digest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from tiermem import durable
+from tiermem.catalog import ModelRecord
+from tiermem.digests import DIGEST_BYTES
+from tiermem.errors import ProtocolError, ReadError
+from tiermem.rpc.codec import decode_manifest, encode_manifest
+
+_FORMAT = 1
+_log = logging.getLogger(__name__)
+
+
+class CatalogFiles:
+    """`directory` holds one file per model identity."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+
+    def put(self, record: ModelRecord) -> None:
+        """Keep what is resident of a model now. Raises OSError."""
+        held = [key if key is not None and record.resident(i) else None for i, key in enumerate(record.keys)]
+        body = {
+            "format": _FORMAT,
+            "name": record.name,
+            "manifest": encode_manifest(record.manifest),
+            "digests": b"".join(digest or bytes(DIGEST_BYTES) for digest in record.digests),
+            "keys": held,
+            "generation": record.generation,
+            "pins": record.pins,
+            "opens": record.opens,
+            "last_open_s": record.last_open_s,
+        }
+        durable.write(self.directory / record.id, msgpack.packb(body))
+
+    def remove(self, model_id: str) -> None:
+        (self.directory / model_id).unlink(missing_ok=True)
+
+    def __iter__(self) -> Iterator[tuple[ModelRecord, list[str | None]]]:
+        """Every model on file with the segment keys that it had; files that are damaged are removed with a warning."""
+        for path in sorted(self.directory.iterdir()):
+            if path.name.startswith("."):
+                path.unlink()
+                continue
+            try:
+                yield _decode(durable.read(path))
+            except (ReadError, ProtocolError, ValueError, KeyError, TypeError, OSError) as error:
+                _log.warning("catalog file dropped, its model must be loaded again: %s", error)
+                path.unlink(missing_ok=True)
+
+
+def _decode(body: bytes) -> tuple[ModelRecord, list[str | None]]:
+    saved: dict[str, Any] = msgpack.unpackb(body)
+    if saved["format"] != _FORMAT:
+        raise ReadError(f"catalog format {saved['format']}, this version reads {_FORMAT}")
+    manifest = decode_manifest(saved["manifest"])
+    joined = saved["digests"]
+    digests: list[bytes | None] = [joined[i : i + DIGEST_BYTES] for i in range(0, len(joined), DIGEST_BYTES)]
+    keys: list[str | None] = saved["keys"]
+    if len(digests) != len(manifest.tensors) or len(keys) != len(manifest.segments):
+        raise ReadError(f"catalog file of {saved['name']} does not fit its own manifest")
+    record = ModelRecord(saved["name"], manifest, digests)
+    record.generation = saved["generation"]
+    record.pins = saved["pins"]
+    record.opens = saved["opens"]
+    record.last_open_s = saved["last_open_s"]
+    return record, keys

@@ -1,0 +1,99 @@
+"""`tiermem doctor`: what this host can do and why not the rest, and whether a daemon answers. Changes nothing."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import asdict
+
+import click
+
+from tiermem import host
+from tiermem.cli import output
+from tiermem.cli.flags import config_flags, json_flag
+from tiermem.config import BY_KEY, Config, Setting, load_config, origins, socket_path
+from tiermem.errors import ConfigError
+from tiermem.host import BackingChoice, Capability, Host, Storage
+from tiermem.units import format_bytes, format_seconds
+
+_CONNECT_S = 1.0
+
+
+@click.command()
+@click.argument("directory", default=".", type=click.Path())
+@click.option("--config", "show_config", is_flag=True, help="Show each option, its value and where it came from.")
+@config_flags("address", "dram", "backing")
+@json_flag
+def command(directory: str, show_config: bool, as_json: bool, **flags: object) -> None:
+    """Show what this host can do, and why not the rest.
+
+    DIRECTORY is where checkpoints are, to see how they can be read.
+    """
+    if show_config:
+        _show_config(origins(flags), as_json)
+        return
+    config = load_config(flags)
+    facts = host.probe()
+    disk = host.storage(directory)
+    backing = facts.choose_backing(config.backing, config.dram)
+    daemon = _daemon(config.address)
+    if as_json:
+        results = {"facts": asdict(facts), "storage": asdict(disk), "dram_bytes": config.dram,
+                   "backing": asdict(backing), "daemon": {"address": config.address, **asdict(daemon)}}  # fmt: skip
+        output.emit_json("doctor", results)
+    else:
+        _show(facts, disk, config, backing, daemon)
+
+
+def _daemon(address: str) -> Capability:
+    """Whether a daemon listens at `address`; connects and hangs up."""
+    try:
+        path = socket_path(address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_CONNECT_S)
+            probe.connect(str(path))
+    except ConfigError as problem:
+        return Capability(False, str(problem))
+    except OSError as problem:
+        return Capability(False, f"{address}: {problem.strerror or problem}; start one with tiermem serve")
+    return Capability(True, f"answers at {address}")
+
+
+def _show(facts: Host, disk: Storage, config: Config, backing: BackingChoice, daemon: Capability) -> None:
+    ram = facts.memory
+    limit = "" if ram.limit_bytes is None else f", limited to {format_bytes(ram.limit_bytes)}"
+    output.line(f"{facts.name}, Linux {facts.kernel}")
+    output.line(f"memory {format_bytes(ram.total_bytes)}, {format_bytes(ram.available_bytes)} available{limit}")
+    for node in facts.nodes:
+        cpus = f"CPUs {node.cpus}" if node.cpus else "no CPUs"
+        sizes = f"{format_bytes(node.total_bytes)}, {format_bytes(node.free_bytes)} free"
+        output.line(f"NUMA node {node.number}: {sizes}, {cpus}")
+    output.line("")
+    checks = facts.capabilities() | {f"files ({disk.filesystem})": disk.direct, "daemon": daemon}
+    output.table(("can", "", "why"), [(name, _mark(check.available), check.reason) for name, check in checks.items()])
+    output.line("")
+    output.table(("segments of", "", "why"), [(backing.backing, _mark(backing.available), backing.reason)])
+    excess = " exceeds the memory; lower --dram" if config.dram > ram.usable_bytes else ""
+    output.line(f"DRAM tier of {format_bytes(config.dram)}{excess}")
+
+
+def _mark(available: bool) -> str:
+    return "yes" if available else "no"
+
+
+def _show_config(settings: dict[str, Setting], as_json: bool) -> None:
+    if as_json:
+        rows = [{"key": key, "value": setting.value, "unit": BY_KEY[key].kind.unit, "origin": setting.origin}
+                for key, setting in settings.items()]  # fmt: skip
+        output.emit_json("config", rows)
+        return
+    text = [(key, _value_text(key, setting), setting.origin) for key, setting in settings.items()]
+    output.table(("option", "value", "origin"), text)
+
+
+def _value_text(key: str, setting: Setting) -> str:
+    match BY_KEY[key].kind.unit:
+        case "bytes":
+            return format_bytes(setting.value)
+        case "seconds":
+            return format_seconds(setting.value)
+    return str(setting.value).lower() if isinstance(setting.value, bool) else str(setting.value)

@@ -1,0 +1,263 @@
+"""Client: a connection to the daemon of this host, and the models opened through it.
+
+Owns one channel, one descriptor connection and one agent thread per client. Never starts a daemon. When the daemon
+dies, models that are open stay readable; the agent announces their leases to the next daemon at the same address.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem.agent import Agent
+from tiermem.config import descriptor_path, load_config, socket_path
+from tiermem.embedded import path_or_name_of
+from tiermem.errors import Closed, DaemonUnreachable, TiermemError
+from tiermem.model import Model
+from tiermem.rpc import messages as m
+from tiermem.rpc.channel import Attachment, Channel
+from tiermem.rpc.codec import decode_manifest
+from tiermem.rpc.descriptors import DescriptorClient
+from tiermem.types import Manifest
+
+_REATTACH_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+"""Between tries to find the next daemon; the last one repeats for as long as leases are held."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Session:
+    """What lives and dies together with one connection to one daemon."""
+
+    def __init__(self, address: str, leases: Mapping[str, str]) -> None:
+        self.descriptors = DescriptorClient(str(descriptor_path(socket_path(address))))
+        self.channel = Channel(address, lambda: self.descriptors.token)
+        try:
+            held = tuple(m.Announcement(lease, model) for lease, model in leases.items())
+            self.stream: Attachment = self.channel.attach(m.AttachRequest(m.PROTOCOL, os.getpid(), held))
+            attached = next(self.stream)
+        except BaseException:
+            self.close()
+            raise
+        self.refused = attached.refused
+
+    def close(self) -> None:
+        self.channel.close()
+        self.descriptors.close()
+
+
+class Client:
+    """A client of the daemon at `address` (`unix:PATH`; default TIERMEM_ADDRESS or the host's socket).
+
+    Threads may share it. Raises DaemonUnreachable where none answers, AccessDenied where it is another user's.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = address or load_config().address
+        self._lock = threading.Lock()
+        self._leases: dict[str, str] = {}
+        self._closed = False
+        self._manifests: dict[str, tuple[bytes, Manifest]] = {}
+        self._session: _Session | None = _Session(self.address, {})
+        self._agent = Agent("tiermem-agent")
+        self._watch(self._session)
+
+    def open(
+        self,
+        path_or_name: str | os.PathLike[str],
+        *,
+        writable: bool = False,
+        layers: Mapping[str, str] | None = None,
+    ) -> Model:
+        """Lease the model of a checkpoint path, or of a name in the pool, and begin to load what is missing.
+
+        Raises CheckpointNotFound, ModelNotFound, CheckpointError, CapacityError, DaemonUnreachable.
+        """
+        path, name = path_or_name_of(path_or_name)
+        session = self._live()
+        reply = session.channel.call("Open", m.OpenRequest(path, name, dict(layers) if layers else None))
+        with self._lock:
+            self._leases[reply.lease_id] = reply.model_id
+        return Model(_Holder(self, session, reply, self._manifest(reply)), writable)
+
+    def load(
+        self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None
+    ) -> str:
+        """Load a whole checkpoint; returns the model's name when it is resident."""
+        self.begin_load(path, name, layers=layers)
+        with self.open(path) as model:
+            model.wait()
+            return model.name
+
+    def begin_load(
+        self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None
+    ) -> m.LoadReply:
+        """Begin to load a checkpoint and return at once, with the model's name and size."""
+        request = m.LoadRequest(os.path.abspath(path), name, dict(layers) if layers else None)
+        reply: m.LoadReply = self._call("Load", request)
+        return reply
+
+    def pin(self, name: str) -> int:
+        """Promise not to evict a model; returns its pins."""
+        return int(self._call("Pin", m.PinRequest(name)).pins)
+
+    def unpin(self, name: str) -> int:
+        """Take one pin back; returns the pins left."""
+        return int(self._call("Unpin", m.UnpinRequest(name)).pins)
+
+    def evict(self, name: str) -> int:
+        """Take a model out of memory; returns bytes freed. Raises Refused while it is leased or pinned."""
+        return int(self._call("Evict", m.EvictRequest(name)).evicted_bytes)
+
+    def remove(self, name: str) -> int:
+        """Forget a model; returns bytes freed. Raises Refused while it is leased or pinned."""
+        return int(self._call("Remove", m.RemoveRequest(name)).freed_bytes)
+
+    def status(self, name: str | None = None) -> dict[str, Any]:
+        """Tiers, models, loads and leases of the daemon as plain data."""
+        body: dict[str, Any] = self._call("Status", m.StatusRequest(name)).body
+        return body
+
+    def close(self) -> None:
+        """End the connection and all leases. Arrays that were taken stay valid."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            session, self._session = self._session, None
+        self._agent.close()
+        if session is not None:
+            session.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- the connection ------------------------------------------------------------------------------------------
+
+    def _call(self, method: str, request: object) -> Any:
+        return self._live().channel.call(method, request)
+
+    def _live(self) -> _Session:
+        with self._lock:
+            if self._closed:
+                raise Closed(f"the client of {self.address} is closed; connect again")
+            if self._session is not None:
+                return self._session
+        return self._attach()
+
+    def _attach(self) -> _Session:
+        """Connect anew and announce the leases that are held."""
+        with self._lock:
+            if self._session is not None:
+                return self._session
+            session = _Session(self.address, self._leases)
+            for lease in session.refused:
+                _log.warning("the new daemon at %s does not know lease %s; its bytes stay readable", self.address, lease)
+                self._leases.pop(lease, None)
+            self._session = session
+        self._watch(session)
+        return session
+
+    def _watch(self, session: _Session) -> None:
+        session.stream.on_end(lambda: self._agent.submit(partial(self._lost, session)))
+
+    def _lost(self, session: _Session) -> None:
+        """The daemon went: look for the next one for as long as there are leases to announce to it."""
+        with self._lock:
+            if self._closed or self._session is not session:
+                return
+            self._session = None
+        session.close()
+        tries = 0
+        while self._leases and not self._closed:
+            try:
+                self._attach()
+            except TiermemError as error:
+                _log.debug("no daemon yet: %s", error)
+                time.sleep(_REATTACH_PAUSES_S[min(tries, len(_REATTACH_PAUSES_S) - 1)])
+                tries += 1
+            else:
+                return
+
+    def _release(self, lease_id: str) -> None:
+        self._agent.submit(partial(self._end_lease, lease_id))
+
+    def _end_lease(self, lease_id: str) -> None:
+        with self._lock:
+            known = self._leases.pop(lease_id, None)
+            session = self._session
+        if known is not None and session is not None:
+            session.channel.call("Release", m.ReleaseRequest(lease_id))
+
+    def _manifest(self, reply: m.OpenReply) -> Manifest:
+        """The reply's manifest; decoded once per model, since engines open one model many times."""
+        known = self._manifests.get(reply.model_id)
+        if known is None or known[0] != reply.manifest:
+            known = self._manifests[reply.model_id] = (reply.manifest, decode_manifest(reply.manifest))
+        return known[1]
+
+
+class _Holder:
+    """A lease on a model of a daemon."""
+
+    def __init__(self, client: Client, session: _Session, reply: m.OpenReply, manifest: Manifest) -> None:
+        self.name = reply.name
+        self.model_id = reply.model_id
+        self.manifest = manifest
+        self.files = reply.files
+        self.ready = self._unpacked(reply.ready)
+        self._client = client
+        self._session = session
+        self._lease_id = reply.lease_id
+
+    def descriptors(self, segments: Sequence[int]) -> dict[int, int]:
+        return self._session.descriptors.fetch(self._lease_id, segments)
+
+    def wait(self, tensors: Sequence[int] | None, timeout_s: float | None) -> None:
+        wanted = None if tensors is None else tuple(tensors)
+        self._client._call("Wait", m.WaitRequest(self._lease_id, wanted, timeout_s))
+
+    def residency(self) -> dict[str, str]:
+        body = self._client._call("Status", m.StatusRequest(self.name)).body
+        return dict(body["models"][0]["residency"])
+
+    def release(self) -> None:
+        self._client._release(self._lease_id)
+
+    def _unpacked(self, bits: bytes) -> npt.NDArray[np.bool_]:
+        count = len(self.manifest.tensors)
+        return np.unpackbits(np.frombuffer(bits, np.uint8), count=count, bitorder="little").astype(np.bool_)
+
+
+_clients: dict[tuple[int, str], Client] = {}
+_clients_lock = threading.Lock()
+
+
+def shared_client(address: str | None = None) -> Client:
+    """This process's client of a daemon, made at first use; a forked child gets one of its own."""
+    key = (os.getpid(), address or load_config().address)
+    with _clients_lock:
+        client = _clients.get(key)
+        if client is None or client._closed:
+            client = _clients[key] = Client(key[1])
+        return client
+
+
+def daemon_answers(address: str) -> bool:
+    """Whether a daemon listens at `address`."""
+    try:
+        DescriptorClient(str(descriptor_path(socket_path(address))), timeout_s=1.0).close()
+    except (DaemonUnreachable, TiermemError):
+        return False
+    return True

@@ -1,0 +1,152 @@
+"""Embedded pool: the client's interface over a pool of this very process, for hosts and programs without a daemon.
+
+Same code as a daemon's pool, less sockets; nothing of it outlives the process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem.agent import Agent
+from tiermem.config import Config, load_config
+from tiermem.errors import Closed, DeadlineExceeded, Refused
+from tiermem.lease import Lease, Session
+from tiermem.model import Model
+from tiermem.pool import Opened, Pool
+from tiermem.status import residency_of, status_of
+from tiermem.units import format_seconds
+
+
+class EmbeddedPool:
+    """A pool owned by this process. `transient`: a model leaves memory with its last reader."""
+
+    def __init__(self, config: Config | None = None, *, transient: bool = False) -> None:
+        self._pool = Pool(config or load_config(), embedded=True)
+        self._session = Session(os.getpid(), os.geteuid())
+        self._agent = Agent("tiermem-agent")
+        self._transient = transient
+        self._closed = False
+
+    def open(
+        self,
+        path_or_name: str | os.PathLike[str],
+        *,
+        writable: bool = False,
+        layers: Mapping[str, str] | None = None,
+    ) -> Model:
+        """Lease the model of a checkpoint path, or of a name in this pool, and begin to load what is missing.
+
+        Raises CheckpointNotFound, ModelNotFound, CheckpointError, CapacityError.
+        """
+        path, name = path_or_name_of(path_or_name)
+        opened = self._live().open(self._session, path=path, name=name, layers=layers)
+        return Model(_Holder(self, opened), writable)
+
+    def load(
+        self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None
+    ) -> str:
+        """Load a whole checkpoint; returns the model's name when it is resident."""
+        record = self._live().load(os.path.abspath(path), name, layers)
+        load = self._pool.loads().get(record.id)
+        if load is not None:
+            load.finished.result()
+        return record.name
+
+    def pin(self, name: str) -> int:
+        """Promise not to evict a model; returns its pins."""
+        return self._live().pin(name)
+
+    def unpin(self, name: str) -> int:
+        """Take one pin back; returns the pins left."""
+        return self._live().unpin(name)
+
+    def evict(self, name: str) -> int:
+        """Take a model out of memory; returns bytes freed. Raises Refused while it is leased or pinned."""
+        return self._live().evict(name)
+
+    def remove(self, name: str) -> int:
+        """Forget a model; returns bytes freed. Raises Refused while it is leased or pinned."""
+        return self._live().remove(name)
+
+    def status(self, name: str | None = None) -> dict[str, Any]:
+        """Tiers, models, loads and leases as plain data."""
+        return status_of(self._live(), name)
+
+    def close(self) -> None:
+        """End the pool. Arrays that were taken stay valid."""
+        if not self._closed:
+            self._closed = True
+            self._agent.close()
+            self._pool.close()
+
+    def __enter__(self) -> EmbeddedPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _live(self) -> Pool:
+        if self._closed:
+            raise Closed("the embedded pool is closed")
+        return self._pool
+
+    def _release(self, lease: Lease) -> None:
+        self._agent.submit(partial(self._end_lease, lease))
+
+    def _end_lease(self, lease: Lease) -> None:
+        self._pool.release(lease)
+        if self._transient:
+            record = self._pool.catalog.by_id(lease.model_id)
+            if record is not None:
+                try:
+                    self._pool.remove(record.name)
+                except Refused:
+                    return
+
+
+class _Holder:
+    """A lease on a model of an embedded pool."""
+
+    def __init__(self, owner: EmbeddedPool, opened: Opened) -> None:
+        record = opened.record
+        self.name = record.name
+        self.model_id = record.id
+        self.manifest = record.manifest
+        self.files = opened.files
+        self.ready: npt.NDArray[np.bool_] = record.ready.copy()
+        self._owner = owner
+        self._pool = owner._live()
+        self._opened = opened
+
+    def descriptors(self, segments: Sequence[int]) -> dict[int, int]:
+        return dict(zip(segments, self._pool.share(self._opened.lease, segments), strict=True))
+
+    def wait(self, tensors: Sequence[int] | None, timeout_s: float | None) -> None:
+        future = self._pool.when_ready(self._opened.lease, tensors)
+        try:
+            future.result(timeout_s)
+        except FutureTimeout:
+            if future.done():
+                raise
+            raise DeadlineExceeded(f"{self.name} was not loaded within {format_seconds(timeout_s or 0)}") from None
+
+    def residency(self) -> dict[str, str]:
+        return residency_of(self._pool, self._opened.record)
+
+    def release(self) -> None:
+        self._owner._release(self._opened.lease)
+
+
+def path_or_name_of(path_or_name: str | os.PathLike[str]) -> tuple[str | None, str | None]:
+    """(absolute path, None) for something that exists or looks like a path, else (None, name)."""
+    text = os.fspath(path_or_name)
+    if os.path.exists(text) or os.path.isabs(text) or text.startswith((".", "~")) or text.endswith(".safetensors"):
+        return os.path.abspath(os.path.expanduser(text)), None
+    return None, text

@@ -1,0 +1,76 @@
+"""Lease table: who reads which model. Grants and ends leases; never touches bytes, and never outlives a session."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tiermem.errors import Refused
+
+
+@dataclass(slots=True)
+class Session:
+    """One connected client. All its leases end with it."""
+
+    pid: int
+    uid: int
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    since_s: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A session's right to read a model in place."""
+
+    id: str
+    model_id: str
+    session: Session
+
+
+class LeaseTable:
+    """All leases of a pool. Guarded by the pool's lock."""
+
+    def __init__(self) -> None:
+        self._leases: dict[str, Lease] = {}
+        self._per_model: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def grant(self, model_id: str, session: Session, lease_id: str | None = None) -> Lease:
+        """A new lease; `lease_id` is given only where a client brings one from before a restart."""
+        lease = Lease(lease_id or secrets.token_hex(8), model_id, session)
+        if lease.id in self._leases:
+            raise Refused(f"lease {lease.id} is already held by process {self._leases[lease.id].session.pid}")
+        self._leases[lease.id] = lease
+        self._per_model[model_id] += 1
+        return lease
+
+    def get(self, lease_id: str, session: Session) -> Lease:
+        """The session's own lease of that id. Raises Refused for one that ended or is another's."""
+        lease = self._leases.get(lease_id)
+        if lease is None or lease.session is not session:
+            raise Refused(f"lease {lease_id!r} is not held by this client; open the model again")
+        return lease
+
+    def release(self, lease: Lease) -> None:
+        """End a lease; ending it twice is harmless, since a client and its connection may both do so."""
+        if self._leases.pop(lease.id, None) is not None:
+            self._per_model[lease.model_id] -= 1
+
+    def of_session(self, session: Session) -> list[Lease]:
+        return [lease for lease in self._leases.values() if lease.session is session]
+
+    def holders(self, model_id: str) -> int:
+        """Number of leases on a model."""
+        return self._per_model[model_id]
+
+    def pids(self, model_id: str) -> list[int]:
+        """Processes that hold a lease on a model, ascending."""
+        return sorted({lease.session.pid for lease in self._leases.values() if lease.model_id == model_id})
+
+    def check(self) -> None:
+        counted = Counter(lease.model_id for lease in self._leases.values())
+        assert counted == +self._per_model, "lease counts differ from the leases"

@@ -1,0 +1,262 @@
+"""One load in progress: which bytes are still to come, in which order, who waits for them, and how it ended.
+
+Owns the queue of reads and the waiting futures. Never starts threads (the loader does) and never allocates memory
+(the pool does). A tensor becomes readable when its bytes have the digest that is on record or, where none is, when
+its files still are what they were before the read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from tiermem import _native
+from tiermem.catalog import ModelRecord
+from tiermem.errors import CapacityError, DigestMismatch, NativeError
+from tiermem.source.file import FileSource
+from tiermem.types import PAGE_BYTES, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`length` bytes at `offset` of tensor number `tensor`."""
+
+    tensor: int
+    offset: int
+    length: int
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One read of at most a block of one file; without parts, a check of bytes that are already in memory."""
+
+    tensors: tuple[int, ...]
+    file: int = -1
+    parts: tuple[Part, ...] = ()
+    taken: bool = False
+
+
+@dataclass(slots=True)
+class Figures:
+    """What a load cost so far. Thread seconds are summed over threads, so they may exceed `elapsed_s`."""
+
+    check_only: bool
+    started_s: float = field(default_factory=time.monotonic)
+    elapsed_s: float = 0.0
+    read_bytes: int = 0
+    prefault_thread_s: float = 0.0
+    read_thread_s: float = 0.0
+    digest_thread_s: float = 0.0
+
+
+def plan_reads(manifest: Manifest, segments: Iterable[int], block_bytes: int) -> list[Task]:
+    """Reads of the tensors of `segments`, in file order, none crossing a multiple of `block_bytes` in its file."""
+    wanted = set(segments)
+    blocks: dict[tuple[int, int], list[Part]] = {}
+    empty = []
+    for i, tensor in enumerate(manifest.tensors):
+        if tensor.extent.segment not in wanted:
+            continue
+        if tensor.nbytes == 0:
+            empty.append(Task((i,)))
+        begin = at = tensor.file_offset
+        while at < begin + tensor.nbytes:
+            block = at // block_bytes
+            stop = min(begin + tensor.nbytes, (block + 1) * block_bytes)
+            blocks.setdefault((tensor.file, block), []).append(Part(i, at - begin, stop - at))
+            at = stop
+    reads = [Task(tuple(p.tensor for p in parts), file, tuple(parts)) for (file, _), parts in blocks.items()]
+    return empty + reads
+
+
+def plan_checks(record: ModelRecord, segments: Iterable[int]) -> list[Task]:
+    """Checks of every tensor of `segments`, whose bytes are in memory already."""
+    return [Task((tensor,)) for segment in segments for tensor in record.tensors_of[segment]]
+
+
+class Load:
+    """The load of some segments of a model. `lock` is the pool's; methods that need it say so."""
+
+    def __init__(
+        self,
+        record: ModelRecord,
+        segments: Mapping[int, _native.Segment],
+        tasks: Sequence[Task],
+        source: FileSource | None,
+        stock: _native.Stock | None,
+        lock: threading.RLock,
+        on_segment: Callable[[Load, int], None],
+    ) -> None:
+        self.record = record
+        self.segments = dict(segments)
+        self.figures = Figures(source is None)
+        self.finished: Future[None] = Future()
+        self.error: Exception | None = None
+        self.in_flight = 0
+        self.begun = False
+        self._source = source
+        self._stock = stock
+        self._lock = lock
+        self._on_segment = on_segment
+        self._queue = deque(tasks)
+        self._urgent: deque[Task] = deque()
+        self._left = len(tasks)
+        self._tasks_of: dict[int, list[Task]] = {}
+        for task in tasks:
+            for tensor in task.tensors:
+                self._tasks_of.setdefault(tensor, []).append(task)
+        self._reads_left = {tensor: len(of) for tensor, of in self._tasks_of.items()}
+        self._tensors_left = {s: len(record.tensors_of[s]) for s in segments}
+        self._waiting: list[tuple[set[int], Future[None]]] = []
+
+    def next_task(self) -> Task | None:
+        """The next task to perform, wanted ones first. Holds the lock."""
+        for queue in (self._urgent, self._queue):
+            while queue:
+                task = queue.popleft()
+                if not task.taken:
+                    task.taken = True
+                    self._left -= 1
+                    self.in_flight += 1
+                    return task
+        return None
+
+    @property
+    def is_check(self) -> bool:
+        """Nothing is read: bytes that an earlier pool left are digested."""
+        return self._source is None
+
+    @property
+    def urgent(self) -> bool:
+        return bool(self._urgent)
+
+    @property
+    def done(self) -> bool:
+        """Nothing is queued or under way. Holds the lock."""
+        return self.in_flight == 0 and self._left == 0
+
+    def when_ready(self, tensors: Iterable[int] | None) -> Future[None]:
+        """A future that ends when these tensors may be read, or all of the load (None). Holds the lock."""
+        if tensors is None:
+            return self.finished
+        left = {i for i in tensors if not self.record.ready[i]}
+        future: Future[None] = Future()
+        if not left:
+            future.set_result(None)
+            return future
+        self._urgent.extend(task for i in left for task in self._tasks_of.get(i, ()) if not task.taken)
+        self._waiting.append((left, future))
+        return future
+
+    def fail(self, error: Exception) -> None:
+        """Give up: nothing more is begun. Who waits is told when the last task under way has ended. Holds the lock."""
+        if self.error is None:
+            self.error = error
+        self._queue.clear()
+        self._urgent.clear()
+        self._left = 0
+
+    def end(self, error: Exception | None) -> None:
+        """Tell everyone who waits how it ended."""
+        self.figures.elapsed_s = time.monotonic() - self.figures.started_s
+        if self._source is not None:
+            self._source.close()
+        waiting, self._waiting = self._waiting, []
+        for future in (*(future for _, future in waiting), self.finished):
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error) if error else future.set_result(None)
+
+    def check_source(self) -> None:
+        """Raise CheckpointChanged where the files changed since the load began."""
+        if self._source is not None:
+            self._source.check()
+
+    def perform(self, task: Task, staging: _native.Staging) -> None:
+        """Carry out a task: prefault, read, and for each tensor that is now whole digest and publish."""
+        if task.parts:
+            self._prefault(task)
+            self._read(task, staging)
+        with self._lock:
+            whole = []
+            for tensor in task.tensors:
+                self._reads_left[tensor] -= 1
+                if self._reads_left[tensor] == 0:
+                    whole.append(tensor)
+        for tensor in whole:
+            self._publish(tensor)
+
+    def _prefault(self, task: Task) -> None:
+        begin = time.monotonic()
+        ranges: dict[int, tuple[int, int]] = {}
+        for part in task.parts:
+            extent = self.record.manifest.tensors[part.tensor].extent
+            first = (extent.offset + part.offset) // PAGE_BYTES * PAGE_BYTES
+            last = extent.offset + part.offset + part.length
+            low, high = ranges.get(extent.segment, (first, last))
+            ranges[extent.segment] = (min(low, first), max(high, last))
+        for segment, (first, last) in ranges.items():
+            nbytes = -(-(last - first) // PAGE_BYTES) * PAGE_BYTES
+            if self._stock is not None:
+                self._stock.take(nbytes)
+            try:
+                self.segments[segment].prefault(first, nbytes, 1)
+            except NativeError as error:
+                raise CapacityError(
+                    f"{self.record.name}: {nbytes} bytes of memory for {self.record.manifest.segments[segment].layer} "
+                    f"could not be had: {error}; free memory on the host or lower --dram"
+                ) from error
+        with self._lock:
+            self.figures.prefault_thread_s += time.monotonic() - begin
+
+    def _read(self, task: Task, staging: _native.Staging) -> None:
+        assert self._source is not None
+        begin = time.monotonic()
+        tensors = self.record.manifest.tensors
+        parts = []
+        for part in task.parts:
+            tensor = tensors[part.tensor]
+            target = self.segments[tensor.extent.segment].address + tensor.extent.offset + part.offset
+            parts.append((tensor.file_offset + part.offset, part.length, target))
+        self._source.read(task.file, parts, staging)
+        with self._lock:
+            self.figures.read_bytes += sum(part.length for part in task.parts)
+            self.figures.read_thread_s += time.monotonic() - begin
+
+    def _publish(self, tensor: int) -> None:
+        begin = time.monotonic()
+        info = self.record.manifest.tensors[tensor]
+        extent = info.extent
+        with self.segments[extent.segment].buffer() as memory:
+            digest = blake3(memory[extent.offset : extent.offset + extent.length]).digest()
+        self.check_source()
+        known = self.record.digests[tensor]
+        if known is not None and known != digest:
+            raise DigestMismatch(
+                f"{self.record.name}: tensor {info.name!r} has digest {digest.hex()[:16]}, {known.hex()[:16]} is on "
+                f"record for {self.record.manifest.files[info.file].path}; it was damaged, or changed without a new "
+                "modification time: restore the file, or touch it if the change is meant"
+            )
+        segment_complete = False
+        with self._lock:
+            self.record.digests[tensor] = digest
+            self.record.ready[tensor] = True
+            self.figures.digest_thread_s += time.monotonic() - begin
+            self._tensors_left[extent.segment] -= 1
+            segment_complete = self._tensors_left[extent.segment] == 0
+            told = []
+            for left, future in self._waiting:
+                left.discard(tensor)
+                if not left:
+                    told.append(future)
+            self._waiting = [(left, future) for left, future in self._waiting if left]
+        if segment_complete:
+            self._on_segment(self, extent.segment)
+        for future in told:
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)

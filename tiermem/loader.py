@@ -1,0 +1,99 @@
+"""Loader: the threads that carry out loads, each with its own staging memory. Owns no bytes of any model.
+
+Threads start with the first load. All loads share them: wanted tensors of any load first, then the oldest load.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from tiermem import _native
+from tiermem.errors import Closed
+from tiermem.load import Load, Task
+
+_BLOCK_BYTES_MOST = 8 << 20
+"""Larger reads do not get closer to the device's limit (measured: 1 to 16 MiB, 1 to 8 threads)."""
+
+
+
+class Loader:
+    """`threads` threads within `staging_bytes` of staging memory in all. `lock` is the pool's."""
+
+    def __init__(
+        self, threads: int, staging_bytes: int, lock: threading.RLock, on_end: Callable[[Load], None]
+    ) -> None:
+        self.staging_bytes = 0
+        self._per_thread = min(_BLOCK_BYTES_MOST + 2 * 4096, staging_bytes // threads)
+        self.block_bytes = (self._per_thread - 2 * 4096) // 4096 * 4096
+        self._count = threads
+        self._threads: list[threading.Thread] = []
+        self._changed = threading.Condition(lock)
+        self._on_end = on_end
+        self._loads: list[Load] = []
+        self._closed = False
+
+    @property
+    def loads(self) -> tuple[Load, ...]:
+        """Loads in progress, oldest first. Holds the lock."""
+        return tuple(self._loads)
+
+    def add(self, load: Load) -> None:
+        """Begin a load."""
+        with self._changed:
+            while len(self._threads) < self._count:
+                thread = threading.Thread(target=self._run, name=f"tiermem-load-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._loads.append(load)
+            self._changed.notify_all()
+        self.settle(load)
+
+    def settle(self, load: Load) -> None:
+        """End the load if nothing of it is left to do. The lock must not be held."""
+        with self._changed:
+            if not load.done or load not in self._loads:
+                return
+            self._loads.remove(load)
+        self._on_end(load)
+
+    def close(self) -> None:
+        """End the threads after the tasks that they are at; loads that are left fail."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for load in self.loads:
+            with self._changed:
+                load.fail(Closed(f"the pool closed while {load.record.name} was loading"))
+            self.settle(load)
+
+    def _take(self) -> tuple[Load, Task] | None:
+        with self._changed:
+            while not self._closed:
+                for load in sorted(self._loads, key=lambda load: not load.urgent):
+                    task = load.next_task()
+                    if task is not None:
+                        return load, task
+                self._changed.wait()
+            return None
+
+    def _run(self) -> None:
+        staging = _native.Staging(self._per_thread)
+        with self._changed:
+            self.staging_bytes += staging.nbytes
+        try:
+            while (taken := self._take()) is not None:
+                load, task = taken
+                try:
+                    load.perform(task, staging)
+                except Exception as error:
+                    with self._changed:
+                        load.fail(error)
+                finally:
+                    with self._changed:
+                        load.in_flight -= 1
+                self.settle(load)
+        finally:
+            staging.close()

@@ -1,0 +1,165 @@
+"""Model: a leased model as a read-only Mapping of tensor names to numpy arrays that alias the pool's segments.
+
+Owns one mapping of all segments side by side, and through it the lease. Never copies weights and never reads files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tiermem import _native
+from tiermem.dtypes import numpy_dtype
+from tiermem.errors import Closed, TensorNotFound
+from tiermem.types import Manifest, TensorInfo
+
+_MAPPINGS_PER_FETCH = 128
+
+
+class LeaseHolder(Protocol):
+    """A lease as its holder has it: what a client and an embedded pool both give."""
+
+    name: str
+    model_id: str
+    manifest: Manifest
+    files: tuple[int, ...] | None
+    ready: npt.NDArray[np.bool_]
+
+    def descriptors(self, segments: Sequence[int]) -> dict[int, int]:
+        """New read-only descriptors of segments, for the caller to close."""
+
+    def wait(self, tensors: Sequence[int] | None, timeout_s: float | None) -> None:
+        """Return when these tensors (None: all) may be read. Raises the load's error, or DeadlineExceeded."""
+
+    def residency(self) -> dict[str, str]:
+        """Layer -> name of the tier that holds it."""
+
+    def release(self) -> None:
+        """End the lease; takes no lock, so that a garbage collection may call it."""
+
+
+class Model(Mapping[str, npt.NDArray[Any]]):
+    """Tensors of a model, or of the files of it that were opened.
+
+    Arrays are views of shared memory: read-only, or with `writable` copy-on-write, so that writes stay in this
+    process. They stay valid for as long as they live, also after `close`, which only ends the lease. Until a tensor is
+    loaded, asking for it waits.
+    """
+
+    def __init__(self, holder: LeaseHolder, writable: bool = False) -> None:
+        self.name = holder.name
+        self.manifest = holder.manifest
+        self.writable = writable
+        self._holder = holder
+        self._closed = False
+        manifest, files = holder.manifest, holder.files
+        self._tensors = {
+            tensor.name: i for i, tensor in enumerate(manifest.tensors) if files is None or tensor.file in files
+        }
+        self._ready = holder.ready
+        self._all_ready = bool(self._ready.all())
+        try:
+            self._starts, self._memory = _mapped(holder, writable)
+        except BaseException:
+            holder.release()
+            raise
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        """A numpy array over the tensor's bytes. Raises TensorNotFound, and Refused for a dtype that numpy lacks."""
+        tensor = self.info(name)
+        dtype = numpy_dtype(tensor.dtype)
+        self.wait([name])
+        start, memory = self.place(tensor)
+        count = tensor.nbytes // dtype.itemsize
+        if count == 0:
+            return np.empty(tensor.shape, dtype)
+        return np.frombuffer(memory, dtype, count, start).reshape(tensor.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and extent of a tensor, without waiting for it. Raises TensorNotFound."""
+        try:
+            return self.manifest.tensors[self._tensors[name]]
+        except KeyError:
+            raise TensorNotFound(f"{self.name} has no tensor {name!r}; it has {len(self._tensors)} others") from None
+
+    def raw(self, name: str) -> memoryview:
+        """The tensor's bytes."""
+        tensor = self.info(name)
+        self.wait([name])
+        start, memory = self.place(tensor)
+        return memory[start : start + tensor.nbytes]
+
+    def place(self, tensor: TensorInfo) -> tuple[int, memoryview]:
+        """Where a tensor's bytes start in the mapping of the model, and that mapping. Does not wait."""
+        return self._starts[tensor.extent.segment] + tensor.extent.offset, self._memory
+
+    def wait(self, names: Iterable[str] | None = None, timeout_s: float | None = None) -> None:
+        """Return when these tensors (None: the whole model) may be read; they jump the loader's queue.
+
+        Raises what stopped the load (CheckpointChanged, DigestMismatch, ReadError), DeadlineExceeded, or Closed.
+        """
+        if self._closed:
+            raise Closed(f"model {self.name} is closed; open it again")
+        if self._all_ready:
+            return
+        if names is None and self._holder.files is None:
+            self._holder.wait(None, timeout_s)
+            self._all_ready = True
+            return
+        names = self._tensors if names is None else names
+        missing = [i for i in (self._tensors[name] for name in names) if not self._ready[i]]
+        if missing:
+            self._holder.wait(missing, timeout_s)
+            self._ready[missing] = True
+
+    def residency(self) -> dict[str, str]:
+        """Layer -> name of the tier that holds it now."""
+        return self._holder.residency()
+
+    def close(self) -> None:
+        """End the lease. Arrays that were taken stay valid; taking further ones raises Closed."""
+        if not self._closed:
+            self._closed = True
+            self._holder.release()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Model {self.name!r}: {len(self)} tensors{', closed' if self._closed else ''}>"
+
+
+def _mapped(holder: LeaseHolder, writable: bool) -> tuple[list[int], memoryview]:
+    """Start of each segment in one mapping of all of them, and that mapping; its end ends the lease."""
+    starts = [0]
+    for segment in holder.manifest.segments:
+        starts.append(starts[-1] + segment.page_bytes)
+    if starts[-1] == 0:
+        return starts, memoryview(b"")
+    range_ = _native.Range.reserve(starts[-1], cow=writable, on_release=holder.release)
+    numbers = range(len(holder.manifest.segments))
+    for first in range(0, len(numbers), _MAPPINGS_PER_FETCH):
+        fds = holder.descriptors(numbers[first : first + _MAPPINGS_PER_FETCH])
+        try:
+            for number, fd in fds.items():
+                range_.map(starts[number], fd, starts[number + 1] - starts[number])
+        finally:
+            for fd in fds.values():
+                os.close(fd)
+    return starts, range_.buffer()

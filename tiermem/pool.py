@@ -1,0 +1,445 @@
+"""Pool: the owner of weights. Ties tiers, catalog, leases, loads and the policy together under one lock.
+
+Never speaks a protocol (the server does) and never maps weights for a reader (the model does). Blocking work (parsing,
+reading, digesting) is done without the lock; what holds it is short.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiermem import _native
+from tiermem.adoption import adopt
+from tiermem.catalog import Catalog, ModelRecord
+from tiermem.catalog_files import CatalogFiles
+from tiermem.config import Config
+from tiermem.digests import DigestRecords
+from tiermem.errors import CapacityError, Closed, ModelNotFound, Refused, TiermemError
+from tiermem.lease import Lease, LeaseTable, Session
+from tiermem.load import Figures, Load, plan_checks, plan_reads
+from tiermem.loader import Loader
+from tiermem.migrator import Migrator
+from tiermem.paths import KnownPaths
+from tiermem.policy import load_policy
+from tiermem.segment import allocate, open_backing
+from tiermem.source.file import FileSource
+from tiermem.spare import Spare
+from tiermem.tier import DISK, DRAM, Tier
+from tiermem.types import PAGE_BYTES, Manifest
+from tiermem.units import format_bytes, format_seconds
+from tiermem.view import Place, view_of
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What an open gives: the lease, the model, and which of its files the opened path is (None: all)."""
+
+    lease: Lease
+    record: ModelRecord
+    files: tuple[int, ...] | None
+
+
+class Pool:
+    """A pool of this process. `embedded`: leaves no trace, and nothing outlives it."""
+
+    def __init__(self, config: Config, embedded: bool = False) -> None:
+        self.id = secrets.token_hex(8)
+        self.config = config
+        self.started_s = time.time()
+        capacity = config.dram // PAGE_BYTES * PAGE_BYTES
+        self.tiers = (Tier(DRAM, "dram", capacity), Tier(DISK, "disk", None))
+        self.catalog = Catalog()
+        self.leases = LeaseTable()
+        self.catalog_error = ""
+        self.quarantined = 0
+        self.figures: dict[str, Figures] = {}
+        self._lock = threading.RLock()
+        self._closed = False
+        self._paths = KnownPaths()
+        self._digests = DigestRecords(config.digests)
+        self._failures: dict[str, Exception] = {}
+        self._loads: dict[str, Load] = {}
+        self._segments: dict[str, _native.Segment] = {}
+        self.migrator = Migrator(load_policy(config.policy), self._evict)
+        self.backing = open_backing(config.backing, None if embedded else config.state / "segments", capacity)
+        self.loader = Loader(config.read_threads, config.staging, self._lock, self._end)
+        self._files = None if embedded else CatalogFiles(config.state / "catalog")
+        self._persisting = threading.Lock()
+        self._grace_until_s = 0.0
+        if self._files is not None and self.backing.survives:
+            self._adopt(self._files)
+        self.spare = Spare(self.backing, config.spare, self._spare_room)
+        for record in self.catalog:
+            self._begin(record)
+
+    # --- loading ------------------------------------------------------------------------------------------------
+
+    def load(self, path: str, name: str | None = None, layers: Mapping[str, str] | None = None) -> ModelRecord:
+        """Begin to load the checkpoint at `path`, or find that it is resident or on its way; returns at once.
+
+        Raises CheckpointNotFound, CheckpointError, CapacityError, or Refused where `name` is another model's.
+        """
+        manifest = self._paths.manifest(path, layers)
+        with self._lock:
+            record, _ = self._record(manifest, name)
+            self._ensure(record)
+        self._begin(record)
+        return record
+
+    def open(
+        self,
+        session: Session,
+        path: str | None = None,
+        name: str | None = None,
+        layers: Mapping[str, str] | None = None,
+    ) -> Opened:
+        """Lease a model, by path or by name, and begin to load what is missing of it. Raises as `load` does,
+        and ModelNotFound for an unknown name."""
+        manifest = None if path is None else self._paths.manifest(path, layers)
+        with self._lock:
+            if manifest is not None:
+                record, files = self._record(manifest, name)
+            else:
+                record, files = self.catalog.named(name or ""), None
+            lease = self.leases.grant(record.id, session)
+            try:
+                self._ensure(record)
+            except TiermemError:
+                self.leases.release(lease)
+                raise
+            record.opens += 1
+            record.last_open_s = time.time()
+            record.last_used_s[:] = time.monotonic()
+        self._begin(record)
+        return Opened(lease, record, files)
+
+    def when_ready(self, lease: Lease, tensors: Iterable[int] | None) -> Future[None]:
+        """A future that ends when these tensors may be read, or with the load's error; None: the whole model."""
+        with self._lock:
+            record = self.record(lease)
+            wanted = None if tensors is None else list(tensors)
+            if wanted is not None:
+                record.last_used_s[[record.manifest.tensors[i].extent.segment for i in wanted]] = time.monotonic()
+            load = self._ensure(record)
+            future: Future[None]
+            if load is None:
+                future = Future()
+                future.set_result(None)
+            else:
+                future = load.when_ready(wanted)
+        self._begin(record)
+        return future
+
+    def _record(self, manifest: Manifest, name: str | None) -> tuple[ModelRecord, tuple[int, ...] | None]:
+        if self._closed:
+            raise Closed("the pool is closed")
+        found = self.catalog.find(manifest)
+        if found is not None:
+            if name is not None and found[0].name != name:
+                raise Refused(f"{manifest.path} is in the pool as {found[0].name!r}; open it by that name or its path")
+            return found
+        self._supersede(manifest, name)
+        default = self.catalog.free_name(default_name(manifest), manifest.identity)
+        known = self._digests.get(manifest.identity, len(manifest.tensors))
+        record = ModelRecord(name or default, manifest, list(known or [None] * len(manifest.tensors)))
+        self.catalog.add(record)
+        return record, None
+
+    def _supersede(self, manifest: Manifest, name: str | None) -> None:
+        """An idle model of the same path is of files that are no longer there; its name and memory are free."""
+        for old in [r for r in self.catalog if r.manifest.path == manifest.path and name in (None, r.name)]:
+            if not (self.leases.holders(old.id) or old.pins or old.id in self._loads):
+                self._forget(old)
+
+    def _ensure(self, record: ModelRecord) -> Load | None:
+        """The load in progress of a model, made if segments are missing. Holds the lock; `_begin` must follow."""
+        load = self._loads.get(record.id)
+        missing = record.missing()
+        if load is not None or not missing:
+            return load
+        fresh = len(missing) == len(record.keys)
+        sizes = {i: record.manifest.segments[i].page_bytes for i in missing}
+        made: dict[int, tuple[str, _native.Segment]] = {}
+        try:
+            self._make_room(sum(sizes.values()), record)
+            for i, nbytes in sizes.items():
+                key = record.new_key(i)
+                made[i] = (key, allocate(self.backing, key, nbytes))
+        except TiermemError:
+            for key, segment in made.values():
+                segment.close()
+                self.backing.unlink(key)
+            if fresh:
+                self.catalog.remove(record)
+            raise
+        self.tiers[DRAM].reserve(sum(sizes.values()))
+        for i, (key, segment) in made.items():
+            record.begin(i, key)
+            self._segments[key] = segment
+        segments = {i: segment for i, (_, segment) in made.items()}
+        tasks = plan_reads(record.manifest, missing, self.loader.block_bytes)
+        source = FileSource(record.manifest.files)
+        load = Load(record, segments, tasks, source, self.spare.stock, self._lock, self._complete)
+        self._loads[record.id] = load
+        return load
+
+    def _begin(self, record: ModelRecord) -> None:
+        with self._lock:
+            load = self._loads.get(record.id)
+            if load is None or load.begun:
+                return
+            load.begun = True
+        self.loader.add(load)
+
+    def _make_room(self, nbytes: int, record: ModelRecord) -> None:
+        dram = self.tiers[DRAM]
+        lacks = dram.lacks(nbytes)
+        if not lacks:
+            return
+        if nbytes <= (dram.capacity_bytes or 0) and time.monotonic() >= self._grace_until_s:
+            others = (r for r in self.catalog if r is not record)
+            leased = self.leases.holders
+            view, places = view_of(others, lambda r: leased(r.id) > 0, self.tiers, {DRAM: lacks}, time.monotonic())
+            self.migrator.relieve(view, places)
+        if dram.lacks(nbytes):
+            waiting = self._grace_until_s - time.monotonic()
+            grace = f"; nothing is evicted for another {format_seconds(waiting)} after a restart" if waiting > 0 else ""
+            raise CapacityError(
+                f"{record.name} needs {format_bytes(nbytes)} of tier 'dram', which has {format_bytes(dram.free_bytes or 0)} "
+                f"free of {format_bytes(dram.capacity_bytes or 0)}, and the rest is leased, pinned or held by the policy"
+                f"{grace}; unload a model or raise --dram"
+            )
+
+    def _complete(self, load: Load, segment: int) -> None:
+        load.segments[segment].seal()
+        with self._lock:
+            load.record.complete(segment)
+
+    def _end(self, load: Load) -> None:
+        """The last task of a load has ended: keep all of it, or nothing."""
+        record, error = load.record, load.error
+        if error is None:
+            try:
+                load.check_source()
+            except TiermemError as changed:
+                error = changed
+        with self._lock:
+            del self._loads[record.id]
+            if error is not None:
+                for i in load.segments:
+                    self._drop(record, i)
+                self._failures[record.id] = error
+                self.quarantined += load.is_check
+                if not any(record.keys) and not load.is_check:
+                    self.catalog.remove(record)
+            else:
+                self._failures.pop(record.id, None)
+        if error is None and not load.is_check:
+            self._digests.put(record.id, [digest or b"" for digest in record.digests])
+        self._persist(record)
+        self.spare.refill()
+        load.end(error)
+        self.figures[record.id] = load.figures
+
+    # --- leases ---------------------------------------------------------------------------------------------------
+
+    def record(self, lease: Lease) -> ModelRecord:
+        """The leased model. Raises the error of its load where that failed and nothing is left of the model."""
+        with self._lock:
+            record = self.catalog.by_id(lease.model_id)
+            if record is None:
+                raise self._failures.get(lease.model_id) or ModelNotFound("the model was removed; load it again")
+            return record
+
+    def share(self, lease: Lease, segments: Iterable[int]) -> list[int]:
+        """New read-only descriptors of the model's segments, for the caller to send and close."""
+        with self._lock:
+            record = self.record(lease)
+            keys = [record.keys[i] if 0 <= i < len(record.keys) else None for i in segments]
+            if None in keys:
+                raise Refused(f"{record.name}: segment {keys.index(None)} of the request is not in memory; open it again")
+            return [self._segments[key].share() for key in keys if key is not None]
+
+    def release(self, lease: Lease) -> None:
+        """End a lease."""
+        with self._lock:
+            self.leases.release(lease)
+
+    def end_session(self, session: Session) -> None:
+        """A client went: all its leases end."""
+        with self._lock:
+            for lease in self.leases.of_session(session):
+                self.leases.release(lease)
+
+    def announce(self, session: Session, lease_id: str, model_id: str) -> bool:
+        """Take over a lease that a client held from an earlier daemon; False where the model was not adopted."""
+        with self._lock:
+            record = self.catalog.by_id(model_id)
+            if record is None or record.missing():
+                return False
+            self.leases.grant(model_id, session, lease_id)
+            return True
+
+    def lease(self, session: Session, lease_id: str) -> Lease:
+        """The session's lease of that id. Raises Refused."""
+        with self._lock:
+            return self.leases.get(lease_id, session)
+
+    # --- what users ask for ------------------------------------------------------------------------------------
+
+    def pin(self, name: str) -> int:
+        """Promise not to evict a model; returns its pins."""
+        return self._add_pin(name, 1)
+
+    def unpin(self, name: str) -> int:
+        return self._add_pin(name, -1)
+
+    def _add_pin(self, name: str, by: int) -> int:
+        with self._lock:
+            record = self.catalog.named(name)
+            if record.pins + by < 0:
+                raise Refused(f"{name} is not pinned")
+            record.pins += by
+        self._persist(record)
+        return record.pins
+
+    def evict(self, name: str) -> int:
+        """Take a model out of memory; it stays known, and an open brings it back. Returns bytes freed."""
+        with self._lock:
+            record = self.catalog.named(name)
+            freed = sum(self._evict((record, i)) for i, key in enumerate(record.keys) if key is not None)
+        self._persist(record)
+        self.spare.refill()
+        return freed
+
+    def remove(self, name: str) -> int:
+        """Forget a model and free its memory. A load in progress is given up. Returns bytes freed."""
+        with self._lock:
+            record = self.catalog.named(name)
+            self._refuse_if_held(record)
+            load = self._loads.get(record.id)
+            freed = record.resident_bytes()
+            if load is None:
+                self._forget(record)
+            else:
+                load.fail(Refused(f"{name} was unloaded while it was loading"))
+        if load is not None:
+            self.loader.settle(load)
+            load.finished.exception()
+            with self._lock:
+                if self.catalog.by_id(record.id) is record:
+                    self._forget(record)
+        self.spare.refill()
+        return freed
+
+    def loads(self) -> dict[str, Load]:
+        """Loads in progress by model id."""
+        with self._lock:
+            return dict(self._loads)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Guards catalog, leases and tiers; for readers that need them to agree."""
+        return self._lock
+
+    def check(self) -> None:
+        """Every structure agrees with every other."""
+        with self._lock:
+            self.catalog.check()
+            self.leases.check()
+            held = sum(record.resident_bytes() for record in self.catalog)
+            assert held == self.tiers[DRAM].used_bytes, f"tier counts {self.tiers[DRAM].used_bytes}, models hold {held}"
+            keys = {key for record in self.catalog for key in record.keys if key is not None}
+            assert keys == set(self._segments), "segments and catalog differ"
+
+    def close(self) -> None:
+        """End everything. Segments stay for the next daemon where the configuration says `keep`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self.loader.close()
+        self.spare.close()
+        for segment in self._segments.values():
+            segment.close()
+        keep = self.config.keep and self.backing.survives
+        if self._files is not None and not keep:
+            for record in self.catalog:
+                self._files.remove(record.id)
+        self.backing.close(keep)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _refuse_if_held(self, record: ModelRecord) -> None:
+        if self.leases.holders(record.id):
+            pids = ", ".join(str(pid) for pid in self.leases.pids(record.id)[:5])
+            raise Refused(f"{record.name} is leased by process {pids}; close it there first")
+        if record.pins:
+            raise Refused(f"{record.name} is pinned {record.pins} times; unpin it first")
+
+    def _evict(self, place: Place) -> int:
+        record, segment = place
+        self._refuse_if_held(record)
+        if record.id in self._loads:
+            raise Refused(f"{record.name} is loading")
+        if record.keys[segment] is None:
+            raise Refused(f"{record.name}: segment {segment} is not in memory")
+        self._drop(record, segment)
+        return record.manifest.segments[segment].page_bytes
+
+    def _drop(self, record: ModelRecord, segment: int) -> None:
+        key = record.drop(segment)
+        self._segments.pop(key).close()
+        self.backing.unlink(key)
+        self.tiers[DRAM].release(record.manifest.segments[segment].page_bytes)
+
+    def _forget(self, record: ModelRecord) -> None:
+        for i, key in enumerate(record.keys):
+            if key is not None:
+                self._drop(record, i)
+        self.catalog.remove(record)
+        self.figures.pop(record.id, None)
+        if self._files is not None:
+            self._files.remove(record.id)
+
+    def _persist(self, record: ModelRecord) -> None:
+        if self._files is None:
+            return
+        with self._persisting:
+            try:
+                if self.catalog.by_id(record.id) is record:
+                    self._files.put(record)
+                else:
+                    self._files.remove(record.id)
+                self.catalog_error = ""
+            except OSError as error:
+                self.catalog_error = f"{self._files.directory}: {error.strerror}; a restart would not find {record.name}"
+
+    def _adopt(self, files: CatalogFiles) -> None:
+        for record, segments in adopt(files, self.backing, self.tiers[DRAM]):
+            self.catalog.add(record)
+            tasks = plan_checks(record, segments)
+            for i, segment in segments.items():
+                self._segments[record.keys[i] or ""] = segment
+            if segments:
+                self._loads[record.id] = Load(record, segments, tasks, None, None, self._lock, self._complete)
+                self._grace_until_s = time.monotonic() + self.config.grace
+
+    def _spare_room(self) -> int:
+        with self._lock:
+            return 0 if self._loads else self.tiers[DRAM].free_bytes or 0
+
+
+def default_name(manifest: Manifest) -> str:
+    """A model's name unless told otherwise: its directory's, or for a file of another name than `model` the file's."""
+    path = Path(os.path.abspath(manifest.path))
+    if path.is_dir() or path.stem in ("model", "pytorch_model"):
+        return (path if path.is_dir() else path.parent).name or "model"
+    return path.stem

@@ -1,0 +1,196 @@
+"""Server: a pool behind two Unix sockets, gRPC for control and one for descriptors. Decides nothing about weights.
+
+The event loop never waits for I/O: what may block runs on threads, and a wait for bytes is a future of the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import secrets
+import signal
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from tiermem.catalog import ModelRecord
+from tiermem.config import Config, descriptor_path, socket_path
+from tiermem.errors import ConfigError, DeadlineExceeded, ProtocolError, Refused
+from tiermem.lease import Session
+from tiermem.pool import Pool
+from tiermem.rpc import messages as m
+from tiermem.rpc.codec import encode_manifest
+from tiermem.rpc.descriptors import DescriptorServer
+from tiermem.rpc.server import create_server
+from tiermem.status import status_of
+from tiermem.units import format_seconds
+
+_THREADS = 16
+_STOP_GRACE_S = 1.0
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class PoolService:
+    """The methods of rpc/methods.py over a pool; one session per client."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._sessions: dict[bytes, Session] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, "tiermem-rpc")
+        self._manifests: WeakKeyDictionary[ModelRecord, bytes] = WeakKeyDictionary()
+
+    def session_of(self, token: bytes) -> Session | None:
+        return self._sessions.get(token)
+
+    def connected(self, pid: int, uid: int) -> tuple[bytes, Session]:
+        token, session = secrets.token_bytes(16), Session(pid, uid)
+        self._sessions[token] = session
+        return token, session
+
+    def disconnected(self, session: Session) -> None:
+        self._sessions = {token: other for token, other in self._sessions.items() if other is not session}
+        self.pool.end_session(session)
+
+    def descriptors(self, session: Session, lease_id: str, segments: Sequence[int]) -> list[int]:
+        return self.pool.share(self.pool.lease(session, lease_id), segments)
+
+    async def attach(self, request: m.AttachRequest, session: Session) -> AsyncGenerator[m.AttachEvent, None]:
+        if request.protocol != m.PROTOCOL:
+            raise ProtocolError(
+                f"the client speaks protocol {request.protocol}, this pool {m.PROTOCOL}; upgrade the older one"
+            )
+        refused = tuple(
+            lease.lease_id
+            for lease in request.leases
+            if not self.pool.announce(session, lease.lease_id, lease.model_id)
+        )
+        try:
+            yield m.AttachEvent("attached", self.pool.id, m.PROTOCOL, refused)
+            await asyncio.Event().wait()
+        finally:
+            self.pool.end_session(session)
+
+    async def load(self, request: m.LoadRequest, session: Session) -> m.LoadReply:
+        record = await self._blocking(self.pool.load, request.path, request.name, request.layers)
+        manifest, ready = record.manifest, record.ready
+        ready_bytes = sum(t.nbytes for t, r in zip(manifest.tensors, ready, strict=True) if r)
+        return m.LoadReply(
+            record.id, record.name, len(manifest.tensors), len(manifest.segments), manifest.nbytes, ready_bytes
+        )
+
+    async def open(self, request: m.OpenRequest, session: Session) -> m.OpenReply:
+        opened = await self._blocking(self.pool.open, session, request.path, request.name, request.layers)
+        record = opened.record
+        encoded = self._manifests.get(record)
+        if encoded is None:
+            encoded = self._manifests[record] = await self._blocking(encode_manifest, record.manifest)
+        return m.OpenReply(
+            opened.lease.id, record.id, record.name, encoded, _grants(record), _bits(record), opened.files
+        )
+
+    async def wait(self, request: m.WaitRequest, session: Session) -> m.WaitReply:
+        lease = self.pool.lease(session, request.lease_id)
+        future = await self._blocking(self.pool.when_ready, lease, request.tensors)
+        try:
+            # Shielded: the future is everyone's who waits for this load.
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), request.timeout_s)
+        except TimeoutError:
+            given = format_seconds(request.timeout_s or 0)
+            raise DeadlineExceeded(f"the tensors were not loaded within {given}; wait longer") from None
+        record = self.pool.record(lease)
+        return m.WaitReply(_bits(record), _grants(record))
+
+    async def release(self, request: m.ReleaseRequest, session: Session) -> m.Empty:
+        self.pool.release(self.pool.lease(session, request.lease_id))
+        return m.Empty()
+
+    async def pin(self, request: m.PinRequest, session: Session) -> m.PinReply:
+        return m.PinReply(await self._blocking(self.pool.pin, request.name))
+
+    async def unpin(self, request: m.UnpinRequest, session: Session) -> m.PinReply:
+        return m.PinReply(await self._blocking(self.pool.unpin, request.name))
+
+    async def evict(self, request: m.EvictRequest, session: Session) -> m.EvictReply:
+        return m.EvictReply(await self._blocking(self.pool.evict, request.name))
+
+    async def remove(self, request: m.RemoveRequest, session: Session) -> m.RemoveReply:
+        return m.RemoveReply(await self._blocking(self.pool.remove, request.name))
+
+    async def status(self, request: m.StatusRequest, session: Session) -> m.StatusReply:
+        return m.StatusReply(await self._blocking(status_of, self.pool, request.name))
+
+    async def _blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(*args, **kwargs))
+
+
+def _bits(record: ModelRecord) -> bytes:
+    return np.packbits(record.ready, bitorder="little").tobytes()
+
+
+def _grants(record: ModelRecord) -> tuple[m.SegmentGrant, ...]:
+    return tuple(
+        m.SegmentGrant(key, i, segment.page_bytes)
+        for i, (key, segment) in enumerate(zip(record.keys, record.manifest.segments, strict=True))
+        if key is not None
+    )
+
+
+async def serve(config: Config, on_ready: Callable[[Pool], None]) -> None:
+    """Run a pool's daemon until SIGTERM or SIGINT. `on_ready` is called once clients can connect.
+
+    Raises Refused where another daemon has the address or the state directory, and ConfigError.
+    """
+    path = socket_path(config.address)
+    os.umask(0o077)
+    for directory in (path.parent, config.state):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    locks = [_lock(Path(f"{path}.lock"), config.address), _lock(config.state / "lock", str(config.state))]
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    pool = await loop.run_in_executor(None, Pool, config)
+    service = PoolService(pool)
+    control = create_server(service, service.session_of)
+    descriptors = DescriptorServer(service.connected, service.descriptors, service.disconnected)
+    try:
+        try:
+            control.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen at {config.address}: {error}; choose another --address") from error
+        await descriptors.start(str(descriptor_path(path)))
+        await control.start()
+        on_ready(pool)
+        await stop.wait()
+        _log.info("stopping: %d leases end, segments are %s", len(pool.leases), "kept" if config.keep else "freed")
+    finally:
+        await descriptors.stop()
+        await control.stop(_STOP_GRACE_S)
+        await loop.run_in_executor(None, pool.close)
+        path.unlink(missing_ok=True)
+        for lock in locks:
+            os.close(lock)
+
+
+def _lock(path: Path, what: str) -> int:
+    """Hold `path` for as long as this process lives. Raises Refused where another process does."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise Refused(
+            f"{what} is served by process {pid} already; use that daemon, or another --address and --state"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, str(os.getpid()).encode(), 0)
+    return fd

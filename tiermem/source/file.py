@@ -1,0 +1,69 @@
+"""File source: a checkpoint's bytes from its files, past the page cache where they are not in it.
+
+Opens each file at its first read and keeps it open, so that a file that is replaced meanwhile is read to its end as
+it was. Never decides what is read; never believes that a file stayed what it was (`check`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+from tiermem import _native
+from tiermem.errors import CheckpointChanged, NativeError, ReadError
+from tiermem.types import CheckpointFile
+
+Part = tuple[int, int, int]
+"""(offset in the file, length, destination address)"""
+
+
+class FileSource:
+    """Reads from the files of one manifest. Several threads may read at once, each with its own staging memory."""
+
+    def __init__(self, files: Sequence[CheckpointFile]) -> None:
+        self._files = files
+        self._readers: dict[int, _native.Reader] = {}
+        self._opening = threading.Lock()
+
+    def read(self, file: int, parts: Sequence[Part], staging: _native.Staging) -> None:
+        """Fill the parts of file number `file`. Raises ReadError or CheckpointChanged."""
+        reader = self._reader(file)
+        try:
+            reader.read(parts, staging)
+        except NativeError as error:
+            self.check()
+            path, first, last = self._files[file].path, parts[0], parts[-1]
+            raise ReadError(f"{path}: bytes {first[0]} to {last[0] + last[1]}: {error}; check the disk") from error
+
+    def check(self) -> None:
+        """Raise CheckpointChanged unless every file read from still has the size, time and inode of the manifest."""
+        for number, reader in list(self._readers.items()):
+            file, now = self._files[number], os.fstat(reader.fd)
+            for what, then, value in (
+                ("device", file.device, now.st_dev),
+                ("inode", file.inode, now.st_ino),
+                ("size", file.size, now.st_size),
+                ("modification time", file.mtime_ns, now.st_mtime_ns),
+            ):
+                if then != value:
+                    raise CheckpointChanged(
+                        f"{file.path} changed while it was loaded: its {what} was {then} and is {value}; "
+                        "nothing of it is served; load it again once it is complete"
+                    )
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    def _reader(self, number: int) -> _native.Reader:
+        with self._opening:
+            reader = self._readers.get(number)
+            if reader is None:
+                path = self._files[number].path
+                try:
+                    reader = self._readers[number] = _native.Reader(path)
+                except NativeError as error:
+                    raise ReadError(f"{path}: {error}; check that the file exists and may be read") from error
+        self.check()
+        return reader
