@@ -6,8 +6,11 @@ used by several threads at once.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -133,8 +136,16 @@ class Attachment(Iterator[AttachEvent]):
         return codec.decode(AttachEvent, data)
 
     def on_end(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called once, from any thread, when the stream has ended, whoever ended it."""
-        self._stream.add_done_callback(lambda _: callback())
+        """Leave the rest of the stream to a thread, which calls `callback` when the stream has ended, however it ended.
+
+        The thread reads on, because gRPC holds a stream's end back behind unread events; no order asks for an act yet.
+        """
+        threading.Thread(target=self._drain, args=(callback,), name="tiermem-attachment", daemon=True).start()
+
+    def _drain(self, callback: Callable[[], None]) -> None:
+        with suppress(TiermemError):
+            deque(self, maxlen=0)
+        callback()
 
     def cancel(self) -> None:
         """End the stream, and with it the client's leases; from any thread."""

@@ -1,14 +1,13 @@
 """The descriptor socket: descriptors of segment files, and the session's token, over a Unix socket beside gRPC.
 
-Owns the framing (a little-endian u32 length, then a msgpack map: PROTOCOL.md), both ends of it, and every descriptor in
-transit. It opens no segment and decides nothing about who may have one. A session lives as long as its connection.
+Owns both ends and every descriptor in transit. It opens no segment and decides nothing about who may have one. A
+session lives as long as its connection.
 """
 
 from __future__ import annotations
 
 import array
 import asyncio
-import errno
 import logging
 import os
 import socket
@@ -28,41 +27,20 @@ from tiermem.errors import (
     Refused,
     TiermemError,
 )
-from tiermem.rpc import codec
+from tiermem.rpc import codec, frames
 from tiermem.rpc.messages import PROTOCOL, DescriptorHello, DescriptorReply, DescriptorRequest, DescriptorWelcome
-
-MAX_FRAME_BYTES = 1 << 20
-MAX_FRAME_DESCRIPTORS = 200
-"""The kernel takes 253 with one message."""
 
 MAX_CONNECTIONS = 1024
 HELLO_TIMEOUT_S = 5.0
-SEND_TIMEOUT_S = 30.0
-"""A client that reads nothing for so long is cut off: descriptors on their way to it are held open."""
 
-_LENGTH = struct.Struct("<I")
 _CREDENTIALS = struct.Struct("3i")
-_ANCILLARY_BYTES = socket.CMSG_SPACE(4 * MAX_FRAME_DESCRIPTORS)
+_ANCILLARY_BYTES = socket.CMSG_SPACE(4 * frames.MAX_DESCRIPTORS)
 _LOG = logging.getLogger(__name__)
 
 M = TypeVar("M")
 P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
-
-
-def _frame(message: object) -> bytes:
-    body = codec.encode(message)
-    if len(body) > MAX_FRAME_BYTES:
-        raise ProtocolError(f"{type(message).__name__} has {len(body)} bytes; a frame takes {MAX_FRAME_BYTES}")
-    return _LENGTH.pack(len(body)) + body
-
-
-def _body_bytes(header: bytes) -> int:
-    (length,) = _LENGTH.unpack(header)
-    if length > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a frame of {length} bytes is announced; at most {MAX_FRAME_BYTES} are allowed")
-    return int(length)
 
 
 def _close_all(fds: Iterable[int]) -> None:
@@ -147,7 +125,7 @@ class DescriptorClient:
         return welcome.token
 
     def _send(self, message: object) -> None:
-        frame = _frame(message)
+        frame = frames.pack(message)
         try:
             self._connection.sendall(frame)
         except OSError as error:
@@ -156,7 +134,7 @@ class DescriptorClient:
     def _receive(self, kind: type[M]) -> tuple[M, list[int]]:
         fds: list[int] = []
         try:
-            body = self._read(_body_bytes(self._read(_LENGTH.size, fds)), fds)
+            body = self._read(frames.body_bytes(self._read(frames.LENGTH.size, fds)), fds)
             return codec.decode(kind, body), fds
         except BaseException:
             _close_all(fds)
@@ -250,7 +228,7 @@ class DescriptorServer(Generic[S]):
                 await self._converse(connection)
             except TiermemError as error:
                 with suppress(OSError):
-                    await _send(connection, DescriptorReply(error=codec.failure_of(error)))
+                    await frames.send(connection, DescriptorReply(error=codec.failure_of(error)))
             except OSError as error:
                 _LOG.debug("a client left: %s", error)
 
@@ -261,7 +239,7 @@ class DescriptorServer(Generic[S]):
             raise AccessDenied(f"this pool serves user {os.geteuid()}, not {uid}; start a pool of your own")
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = await _receive(connection, DescriptorHello)
+                hello = await frames.receive(connection, DescriptorHello)
         except TimeoutError:
             raise DeadlineExceeded(f"no hello came within {HELLO_TIMEOUT_S:g} s") from None
         if hello is None:
@@ -270,8 +248,8 @@ class DescriptorServer(Generic[S]):
             raise ProtocolError(f"client speaks protocol {hello.protocol}, the pool {PROTOCOL}; upgrade the older one")
         token, session = _ask(self._on_connect, pid, uid)
         try:
-            await _send(connection, DescriptorWelcome(token=token))
-            while (request := await _receive(connection, DescriptorRequest)) is not None:
+            await frames.send(connection, DescriptorWelcome(token=token))
+            while (request := await frames.receive(connection, DescriptorRequest)) is not None:
                 await self._answer(connection, session, request)
         finally:
             _ask(self._on_disconnect, session)
@@ -280,15 +258,15 @@ class DescriptorServer(Generic[S]):
         if not request.segments:
             raise ProtocolError("DescriptorRequest.segments is empty")
         # One batch of descriptors is open at a time, however many are asked for.
-        for start in range(0, len(request.segments), MAX_FRAME_DESCRIPTORS):
-            indices = request.segments[start : start + MAX_FRAME_DESCRIPTORS]
+        for start in range(0, len(request.segments), frames.MAX_DESCRIPTORS):
+            indices = request.segments[start : start + frames.MAX_DESCRIPTORS]
             try:
                 fds = _ask(self._lookup, session, request.lease_id, indices)
             except TiermemError as error:
-                await _send(connection, DescriptorReply(error=codec.failure_of(error)))
+                await frames.send(connection, DescriptorReply(error=codec.failure_of(error)))
                 return
             try:
-                await _send(connection, DescriptorReply(segments=indices), fds)
+                await frames.send(connection, DescriptorReply(segments=indices), fds)
             finally:
                 _close_all(fds)
 
@@ -339,59 +317,3 @@ def _remove_stale(path: str) -> None:
             os.unlink(path)
         else:
             raise Refused(f"a pool already listens at {path}; stop it or choose another path for the socket")
-
-
-async def _receive(connection: socket.socket, kind: type[M]) -> M | None:
-    """The next message, or None if the client left between frames. Raises ProtocolError for garbage."""
-    header = await _read(connection, _LENGTH.size)
-    if not header:
-        return None
-    length = _body_bytes(header)
-    body = await _read(connection, length)
-    if len(body) < length:
-        raise ConnectionResetError("the client left within a frame")
-    return codec.decode(kind, body)
-
-
-async def _read(connection: socket.socket, count: int) -> bytes:
-    """`count` bytes, or b"" if the client left before the first."""
-    loop = asyncio.get_running_loop()
-    data = bytearray()
-    while len(data) < count:
-        part = await loop.sock_recv(connection, min(count - len(data), 65536))
-        if not part and data:
-            raise ConnectionResetError("the client left within a frame")
-        if not part:
-            break
-        data += part
-    return bytes(data)
-
-
-async def _send(connection: socket.socket, message: object, fds: Sequence[int] = ()) -> None:
-    left = memoryview(_frame(message))
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    async with asyncio.timeout(SEND_TIMEOUT_S):
-        while left:
-            try:
-                sent = connection.sendmsg([left], ancillary)
-            except BlockingIOError:
-                await _writable(connection)
-                continue
-            except OSError as error:
-                if error.errno != errno.ETOOMANYREFS:
-                    raise
-                # The user has too many descriptors in flight; they land as clients read.
-                await asyncio.sleep(0.01)
-                continue
-            # Descriptors travel with the first byte.
-            left, ancillary = left[sent:], []
-
-
-async def _writable(connection: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_writer(connection, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_writer(connection)

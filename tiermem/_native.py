@@ -24,10 +24,12 @@ E_SEALED: int = -lib.TM_E_SEALED
 """What `NativeError.errno` holds where the core, and not the system, refused; above every number of the system."""
 
 _NEXT = {
-    errno.EPERM: "run with CAP_SYS_ADMIN or let the next backing serve",
+    errno.EPERM: "mounting needs CAP_SYS_ADMIN, other things the file's owner",
     errno.ENOSPC: "evict a model or give the tier more capacity",
     errno.ENOMEM: "evict a model, or reserve more 2 MiB OS pages where hugetlb is used",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EOPNOTSUPP: "segments on reserved 2 MiB pages have no copy-on-write; open with writable=False, or serve with "
+    "--backing shm",
     E_SHORT: "the file changed or was truncated; load it again",
 }
 
@@ -41,6 +43,13 @@ def check(status: int, what: str) -> None:
     raise NativeError(f"{what}: {text}{advice}", -status)
 
 
+def _path(text: str) -> bytes:
+    encoded = os.fsencode(text)
+    if b"\0" in encoded:  # C would take what is before it for the path
+        raise NativeError(f"{text!r} holds a null character and names no file", errno.EINVAL)
+    return encoded
+
+
 def version() -> str:
     """Version of the native core."""
     text: str = ffi.string(lib.tm_version()).decode()
@@ -49,17 +58,18 @@ def version() -> str:
 
 def tmpfs_mount(path: str, capacity: int) -> None:
     """Mount a tmpfs on 2 MiB OS pages at directory `path`. Raises NativeError (EPERM without CAP_SYS_ADMIN)."""
-    check(lib.tm_tmpfs_mount(os.fsencode(path), capacity), f"cannot mount a tmpfs of {capacity} bytes at {path}")
+    check(lib.tm_tmpfs_mount(_path(path), capacity), f"cannot mount a tmpfs of {capacity} bytes at {path}")
 
 
 def tmpfs_resize(path: str, capacity: int) -> None:
-    """Give the tmpfs mounted at `path` another capacity. Raises NativeError (EBUSY where more than that is in use)."""
-    check(lib.tm_tmpfs_resize(os.fsencode(path), capacity), f"cannot resize the tmpfs at {path} to {capacity} bytes")
+    """Give the tmpfs mounted at `path` another capacity. Raises NativeError (EINVAL where more is in use)."""
+    what = f"cannot resize {path} to {capacity} bytes, less than it holds or no tmpfs"
+    check(lib.tm_tmpfs_resize(_path(path), capacity), what)
 
 
 def tmpfs_unmount(path: str) -> None:
     """Unmount; mappings and open files outlive it."""
-    check(lib.tm_tmpfs_unmount(os.fsencode(path)), f"cannot unmount {path}")
+    check(lib.tm_tmpfs_unmount(_path(path)), f"cannot unmount {path}")
 
 
 def tmpfs_detached(capacity: int) -> int:
@@ -123,7 +133,7 @@ class Segment(_Handle):
         """A new file in `dirfd`, or an anonymous one where it is -1. Raises NativeError (EEXIST, ENOSPC, ...)."""
         made = ffi.new("tm_segment **")
         flags = lib.TM_SEGMENT_HUGETLB if hugetlb else 0
-        status = lib.tm_segment_create(dirfd, name.encode(), nbytes, flags, made)
+        status = lib.tm_segment_create(dirfd, _path(name), nbytes, flags, made)
         check(status, f"cannot create segment {name} of {nbytes} bytes")
         return cls(made[0], name, sealed=False)
 
@@ -131,7 +141,7 @@ class Segment(_Handle):
     def open(cls, dirfd: int, name: str, nbytes: int) -> Segment:
         """An existing file of exactly `nbytes`, sealed. Raises NativeError."""
         made = ffi.new("tm_segment **")
-        status = lib.tm_segment_open(dirfd, name.encode(), nbytes, made)
+        status = lib.tm_segment_open(dirfd, _path(name), nbytes, made)
         check(status, f"cannot open segment {name} of {nbytes} bytes")
         return cls(made[0], name, sealed=True)
 
@@ -256,7 +266,7 @@ class Reader(_Handle):
     def __init__(self, path: str) -> None:
         """Open a regular file. Raises NativeError (EINVAL for anything else)."""
         made = ffi.new("tm_reader **")
-        check(lib.tm_reader_open(os.fsencode(path), made), f"cannot open {path}")
+        check(lib.tm_reader_open(_path(path), made), f"cannot open {path}")
         super().__init__(made[0], lib.tm_reader_close, path)
 
     @property

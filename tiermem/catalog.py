@@ -20,7 +20,10 @@ FileIdentity = tuple[int, int, int, int, str]
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class ModelRecord:
-    """What the pool knows of one model. Arrays are indexed by tensor, segment or page number within the model."""
+    """What the pool knows of one model. Arrays are indexed by tensor, segment or page number within the model.
+
+    `loaded`: it was whole once, so it stays known when its bytes leave memory.
+    """
 
     name: str
     manifest: Manifest
@@ -31,6 +34,7 @@ class ModelRecord:
     residency: npt.NDArray[np.int8] = field(init=False)
     first_page: list[int] = field(init=False)
     tensors_of: list[list[int]] = field(init=False)
+    loaded: bool = False
     pins: int = 0
     opens: int = 0
     last_open_s: float = 0.0
@@ -98,7 +102,8 @@ class ModelRecord:
         for i, segment in enumerate(self.manifest.segments):
             codes = set(self.residency[self.pages(i)].tolist())
             where = f"{self.name}: segment {i}"
-            assert codes <= {DRAM, DISK, LOADING} and len(codes) == 1, f"{where}: residency {codes}"
+            assert len(codes) == 1, f"{where}: residency {codes}"
+            assert codes <= {DRAM, DISK, LOADING}, f"{where}: residency {codes}"
             assert (codes == {DISK}) == (self.keys[i] is None), f"{where}: {codes} with key {self.keys[i]}"
             if codes == {DRAM}:
                 assert self.ready[self.tensors_of[i]].all(), f"{where}: resident with a tensor that is not ready"

@@ -73,6 +73,7 @@ def _decode(body: bytes) -> tuple[ModelRecord, list[str | None]]:
     if len(digests) != len(manifest.tensors) or len(keys) != len(manifest.segments):
         raise ReadError(f"catalog file of {saved['name']} does not fit its own manifest")
     record = ModelRecord(saved["name"], manifest, digests)
+    record.loaded = True
     record.generation = saved["generation"]
     record.pins = saved["pins"]
     record.opens = saved["opens"]

@@ -163,7 +163,7 @@ class Client:
                 return self._session
             session = _Session(self.address, self._leases)
             for lease in session.refused:
-                _log.warning("the new daemon at %s does not know lease %s; its bytes stay readable", self.address, lease)
+                _log.warning("the new daemon at %s did not adopt the model of lease %s", self.address, lease)
                 self._leases.pop(lease, None)
             self._session = session
         self._watch(session)

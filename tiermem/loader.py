@@ -1,6 +1,6 @@
 """Loader: the threads that carry out loads, each with its own staging memory. Owns no bytes of any model.
 
-Threads start with the first load. All loads share them: wanted tensors of any load first, then the oldest load.
+All loads share them: wanted tensors of any load first, then the oldest load.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ _BLOCK_BYTES_MOST = 8 << 20
 """Larger reads do not get closer to the device's limit (measured: 1 to 16 MiB, 1 to 8 threads)."""
 
 
-
 class Loader:
     """`threads` threads within `staging_bytes` of staging memory in all. `lock` is the pool's."""
 
-    def __init__(
-        self, threads: int, staging_bytes: int, lock: threading.RLock, on_end: Callable[[Load], None]
-    ) -> None:
+    def __init__(self, threads: int, staging_bytes: int, lock: threading.RLock, on_end: Callable[[Load], None]) -> None:
         self.staging_bytes = 0
         self._per_thread = min(_BLOCK_BYTES_MOST + 2 * 4096, staging_bytes // threads)
         self.block_bytes = (self._per_thread - 2 * 4096) // 4096 * 4096
@@ -38,13 +35,18 @@ class Loader:
         """Loads in progress, oldest first. Holds the lock."""
         return tuple(self._loads)
 
-    def add(self, load: Load) -> None:
-        """Begin a load."""
+    def start(self) -> None:
+        """Start the threads that do not run yet; a load does so too."""
         with self._changed:
             while len(self._threads) < self._count:
                 thread = threading.Thread(target=self._run, name=f"tiermem-load-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
+
+    def add(self, load: Load) -> None:
+        """Begin a load."""
+        self.start()
+        with self._changed:
             self._loads.append(load)
             self._changed.notify_all()
         self.settle(load)

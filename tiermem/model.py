@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tiermem import _native
 from tiermem.dtypes import numpy_dtype
-from tiermem.errors import Closed, TensorNotFound
+from tiermem.errors import Closed, Refused, TensorNotFound
 from tiermem.types import Manifest, TensorInfo
 
 _MAPPINGS_PER_FETCH = 128
@@ -101,6 +101,15 @@ class Model(Mapping[str, npt.NDArray[Any]]):
         self.wait([name])
         start, memory = self.place(tensor)
         return memory[start : start + tensor.nbytes]
+
+    def copy_to(self, name: str, destination: Any, threads: int = 2) -> None:
+        """Copy a tensor's bytes into a writable, contiguous buffer of exactly their size, for engines that must own
+        their memory. Raises Refused where the sizes differ."""
+        source = np.frombuffer(self.raw(name), np.uint8)
+        target = np.frombuffer(destination, np.uint8)
+        if target.nbytes != source.nbytes or not target.flags.writeable:
+            raise Refused(f"{name} has {source.nbytes} bytes, the destination {target.nbytes}, or it is read-only")
+        _native.copy(target.ctypes.data, source.ctypes.data, source.nbytes, threads)
 
     def place(self, tensor: TensorInfo) -> tuple[int, memoryview]:
         """Where a tensor's bytes start in the mapping of the model, and that mapping. Does not wait."""

@@ -1,4 +1,4 @@
-"""Known paths: which manifest a path had when it was last parsed, as long as its files have not changed.
+"""Paths of checkpoints: the name that a model gets from one, and the manifest that it had when it was last parsed.
 
 Opening a resident model then costs a few `stat` calls, not a parse. Never trusts a path whose directory, index or
 files differ in inode, size or modification time.
@@ -10,6 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 
 from tiermem.checkpoint import open_checkpoint
 from tiermem.types import Manifest
@@ -53,3 +54,11 @@ def _facts(paths: tuple[str, ...]) -> _Facts | None:
     except OSError:
         return None
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found)
+
+
+def default_name(manifest: Manifest) -> str:
+    """A model's name unless told otherwise: its directory's, or for a file of another name than `model` the file's."""
+    path = Path(os.path.abspath(manifest.path))
+    if path.is_dir() or path.stem in ("model", "pytorch_model"):
+        return (path if path.is_dir() else path.parent).name or "model"
+    return path.stem

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -127,15 +127,18 @@ def _module_of(name: str) -> ModuleType:
 def load_policy(name: str) -> Policy:
     """The policy of a shipped name (`lru`) or of a file (`./mine.py`). Raises ConfigError saying what is wrong."""
     module = _module_of(name)
-    classes = [
-        cls for _, cls in inspect.getmembers(module, inspect.isclass)
+    classes: list[type[Any]] = [
+        cls
+        for _, cls in inspect.getmembers(module, inspect.isclass)
         if cls.__module__ == module.__name__ and callable(getattr(cls, "plan", None))
-    ]  # fmt: skip
+    ]
     if len(classes) != 1:
         raise ConfigError(f"policy {name}: {len(classes)} classes with a method `plan(self, view)`; one is needed")
     (cls,) = classes
-    parameters = list(inspect.signature(cls.plan).parameters)
-    if parameters != ["self", "view"]:
+    if list(inspect.signature(cls.plan).parameters) != ["self", "view"]:
         raise ConfigError(f"policy {name}: plan{inspect.signature(cls.plan)} must be plan(self, view)")
-    policy: Policy = cls()
+    try:
+        policy: Policy = cls()
+    except Exception as error:
+        raise ConfigError(f"policy {name}: {cls.__name__}() raised {type(error).__name__}: {error}") from error
     return policy

@@ -6,29 +6,27 @@ reading, digesting) is done without the lock; what holds it is short.
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 
-from tiermem import _native
 from tiermem.adoption import adopt
 from tiermem.catalog import Catalog, ModelRecord
 from tiermem.catalog_files import CatalogFiles
 from tiermem.config import Config
 from tiermem.digests import DigestRecords
+from tiermem.dram import Dram
 from tiermem.errors import CapacityError, Closed, ModelNotFound, Refused, TiermemError
 from tiermem.lease import Lease, LeaseTable, Session
 from tiermem.load import Figures, Load, plan_checks, plan_reads
 from tiermem.loader import Loader
 from tiermem.migrator import Migrator
-from tiermem.paths import KnownPaths
+from tiermem.paths import KnownPaths, default_name
 from tiermem.policy import load_policy
-from tiermem.segment import allocate, open_backing
+from tiermem.segment import open_backing
 from tiermem.source.file import FileSource
 from tiermem.spare import Spare
 from tiermem.tier import DISK, DRAM, Tier
@@ -54,7 +52,9 @@ class Pool:
         self.config = config
         self.started_s = time.time()
         capacity = config.dram // PAGE_BYTES * PAGE_BYTES
-        self.tiers = (Tier(DRAM, "dram", capacity), Tier(DISK, "disk", None))
+        backing = open_backing(config.backing, None if embedded else config.state / "segments", capacity)
+        self.dram = Dram(backing, Tier(DRAM, "dram", capacity))
+        self.tiers = (self.dram.tier, Tier(DISK, "disk", None))
         self.catalog = Catalog()
         self.leases = LeaseTable()
         self.catalog_error = ""
@@ -66,16 +66,16 @@ class Pool:
         self._digests = DigestRecords(config.digests)
         self._failures: dict[str, Exception] = {}
         self._loads: dict[str, Load] = {}
-        self._segments: dict[str, _native.Segment] = {}
         self.migrator = Migrator(load_policy(config.policy), self._evict)
-        self.backing = open_backing(config.backing, None if embedded else config.state / "segments", capacity)
         self.loader = Loader(config.read_threads, config.staging, self._lock, self._end)
+        if not embedded:
+            self.loader.start()
         self._files = None if embedded else CatalogFiles(config.state / "catalog")
         self._persisting = threading.Lock()
         self._grace_until_s = 0.0
-        if self._files is not None and self.backing.survives:
+        if self._files is not None and backing.survives:
             self._adopt(self._files)
-        self.spare = Spare(self.backing, config.spare, self._spare_room)
+        self.spare = Spare(backing, config.spare, self._spare_room)
         for record in self.catalog:
             self._begin(record)
 
@@ -164,26 +164,12 @@ class Pool:
         missing = record.missing()
         if load is not None or not missing:
             return load
-        fresh = len(missing) == len(record.keys)
-        sizes = {i: record.manifest.segments[i].page_bytes for i in missing}
-        made: dict[int, tuple[str, _native.Segment]] = {}
         try:
-            self._make_room(sum(sizes.values()), record)
-            for i, nbytes in sizes.items():
-                key = record.new_key(i)
-                made[i] = (key, allocate(self.backing, key, nbytes))
+            self._make_room(sum(record.manifest.segments[i].page_bytes for i in missing), record)
+            segments = self.dram.create(record, missing)
         except TiermemError:
-            for key, segment in made.values():
-                segment.close()
-                self.backing.unlink(key)
-            if fresh:
-                self.catalog.remove(record)
+            self._forget_unloaded(record)
             raise
-        self.tiers[DRAM].reserve(sum(sizes.values()))
-        for i, (key, segment) in made.items():
-            record.begin(i, key)
-            self._segments[key] = segment
-        segments = {i: segment for i, (_, segment) in made.items()}
         tasks = plan_reads(record.manifest, missing, self.loader.block_bytes)
         source = FileSource(record.manifest.files)
         load = Load(record, segments, tasks, source, self.spare.stock, self._lock, self._complete)
@@ -199,7 +185,7 @@ class Pool:
         self.loader.add(load)
 
     def _make_room(self, nbytes: int, record: ModelRecord) -> None:
-        dram = self.tiers[DRAM]
+        dram = self.dram.tier
         lacks = dram.lacks(nbytes)
         if not lacks:
             return
@@ -211,10 +197,10 @@ class Pool:
         if dram.lacks(nbytes):
             waiting = self._grace_until_s - time.monotonic()
             grace = f"; nothing is evicted for another {format_seconds(waiting)} after a restart" if waiting > 0 else ""
+            free, capacity = format_bytes(dram.free_bytes or 0), format_bytes(dram.capacity_bytes or 0)
             raise CapacityError(
-                f"{record.name} needs {format_bytes(nbytes)} of tier 'dram', which has {format_bytes(dram.free_bytes or 0)} "
-                f"free of {format_bytes(dram.capacity_bytes or 0)}, and the rest is leased, pinned or held by the policy"
-                f"{grace}; unload a model or raise --dram"
+                f"{record.name} needs {format_bytes(nbytes)} of tier 'dram', which has {free} free of {capacity}, and "
+                f"the rest is leased, pinned or held by the policy{grace}; unload a model or raise --dram"
             )
 
     def _complete(self, load: Load, segment: int) -> None:
@@ -234,12 +220,12 @@ class Pool:
             del self._loads[record.id]
             if error is not None:
                 for i in load.segments:
-                    self._drop(record, i)
+                    self.dram.drop(record, i)
                 self._failures[record.id] = error
                 self.quarantined += load.is_check
-                if not any(record.keys) and not load.is_check:
-                    self.catalog.remove(record)
+                self._forget_unloaded(record)
             else:
+                record.loaded = True
                 self._failures.pop(record.id, None)
         if error is None and not load.is_check:
             self._digests.put(record.id, [digest or b"" for digest in record.digests])
@@ -261,11 +247,7 @@ class Pool:
     def share(self, lease: Lease, segments: Iterable[int]) -> list[int]:
         """New read-only descriptors of the model's segments, for the caller to send and close."""
         with self._lock:
-            record = self.record(lease)
-            keys = [record.keys[i] if 0 <= i < len(record.keys) else None for i in segments]
-            if None in keys:
-                raise Refused(f"{record.name}: segment {keys.index(None)} of the request is not in memory; open it again")
-            return [self._segments[key].share() for key in keys if key is not None]
+            return self.dram.share(self.record(lease), segments)
 
     def release(self, lease: Lease) -> None:
         """End a lease."""
@@ -354,10 +336,7 @@ class Pool:
         with self._lock:
             self.catalog.check()
             self.leases.check()
-            held = sum(record.resident_bytes() for record in self.catalog)
-            assert held == self.tiers[DRAM].used_bytes, f"tier counts {self.tiers[DRAM].used_bytes}, models hold {held}"
-            keys = {key for record in self.catalog for key in record.keys if key is not None}
-            assert keys == set(self._segments), "segments and catalog differ"
+            self.dram.check(self.catalog)
 
     def close(self) -> None:
         """End everything. Segments stay for the next daemon where the configuration says `keep`."""
@@ -367,13 +346,11 @@ class Pool:
             self._closed = True
         self.loader.close()
         self.spare.close()
-        for segment in self._segments.values():
-            segment.close()
-        keep = self.config.keep and self.backing.survives
+        keep = self.config.keep and self.dram.backing.survives
         if self._files is not None and not keep:
             for record in self.catalog:
                 self._files.remove(record.id)
-        self.backing.close(keep)
+        self.dram.close(keep)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -391,19 +368,15 @@ class Pool:
             raise Refused(f"{record.name} is loading")
         if record.keys[segment] is None:
             raise Refused(f"{record.name}: segment {segment} is not in memory")
-        self._drop(record, segment)
-        return record.manifest.segments[segment].page_bytes
+        return self.dram.drop(record, segment)
 
-    def _drop(self, record: ModelRecord, segment: int) -> None:
-        key = record.drop(segment)
-        self._segments.pop(key).close()
-        self.backing.unlink(key)
-        self.tiers[DRAM].release(record.manifest.segments[segment].page_bytes)
+    def _forget_unloaded(self, record: ModelRecord) -> None:
+        """A model whose first load failed leaves nothing behind."""
+        if not record.loaded:
+            self.catalog.remove(record)
 
     def _forget(self, record: ModelRecord) -> None:
-        for i, key in enumerate(record.keys):
-            if key is not None:
-                self._drop(record, i)
+        self.dram.drop_all(record)
         self.catalog.remove(record)
         self.figures.pop(record.id, None)
         if self._files is not None:
@@ -420,26 +393,19 @@ class Pool:
                     self._files.remove(record.id)
                 self.catalog_error = ""
             except OSError as error:
-                self.catalog_error = f"{self._files.directory}: {error.strerror}; a restart would not find {record.name}"
+                self.catalog_error = (
+                    f"{self._files.directory}: {error.strerror}; a restart would not find {record.name}"
+                )
 
     def _adopt(self, files: CatalogFiles) -> None:
-        for record, segments in adopt(files, self.backing, self.tiers[DRAM]):
+        for record, segments in adopt(files, self.dram.backing, self.dram.tier):
             self.catalog.add(record)
             tasks = plan_checks(record, segments)
-            for i, segment in segments.items():
-                self._segments[record.keys[i] or ""] = segment
+            self.dram.take_over(record, segments)
             if segments:
                 self._loads[record.id] = Load(record, segments, tasks, None, None, self._lock, self._complete)
                 self._grace_until_s = time.monotonic() + self.config.grace
 
     def _spare_room(self) -> int:
         with self._lock:
-            return 0 if self._loads else self.tiers[DRAM].free_bytes or 0
-
-
-def default_name(manifest: Manifest) -> str:
-    """A model's name unless told otherwise: its directory's, or for a file of another name than `model` the file's."""
-    path = Path(os.path.abspath(manifest.path))
-    if path.is_dir() or path.stem in ("model", "pytorch_model"):
-        return (path if path.is_dir() else path.parent).name or "model"
-    return path.stem
+            return 0 if self._loads else self.dram.tier.free_bytes or 0

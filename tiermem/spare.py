@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Callable
 
-from tiermem import _native
 from tiermem.errors import NativeError
 from tiermem.segment import Backing
 from tiermem.types import PAGE_BYTES

@@ -21,7 +21,7 @@ const char *tm_status_text(int status); /* never NULL; static or thread-local st
 
 /* --- backing: file systems of our own that hold segment files ------------------------------------------------- */
 int tm_tmpfs_mount(const char *path, uint64_t capacity);  /* huge=always, mode 0700; -EPERM without CAP_SYS_ADMIN */
-int tm_tmpfs_resize(const char *path, uint64_t capacity); /* -EBUSY where more than that is in use */
+int tm_tmpfs_resize(const char *path, uint64_t capacity); /* -EINVAL if more is in use or nothing is mounted */
 int tm_tmpfs_unmount(const char *path);                   /* lazy: mappings outlive it */
 int tm_tmpfs_detached(uint64_t capacity, int *dirfd);     /* the same, in no namespace; gone with the last user */
 

@@ -25,6 +25,7 @@ int tm_prim_reopen_read(int fd, int direct, int *again);     /* the same file, w
 int tm_prim_unlink(int dirfd, const char *name);
 int tm_prim_resize(int fd, uint64_t bytes);
 int tm_prim_size(int fd, uint64_t *bytes);
+int tm_prim_is_hugetlb(int fd); /* 1 or 0 */
 int tm_prim_make_immutable(int fd); /* mode 0400; a memory file refuses writes, resizing and writable mappings too */
 void tm_prim_close(int fd);
 

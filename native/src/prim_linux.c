@@ -6,12 +6,14 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <limits.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "tiermem.h"
@@ -117,6 +119,11 @@ int tm_prim_size(int fd, uint64_t *bytes) {
     return 0;
 }
 
+int tm_prim_is_hugetlb(int fd) {
+    struct statfs facts;
+    return RETRY(fstatfs(fd, &facts)) == 0 && facts.f_type == HUGETLBFS_MAGIC;
+}
+
 int tm_prim_make_immutable(int fd) {
     if (fchmod(fd, 0400) < 0) return -errno;
     /* Only memory files know seals; on other files and older kernels the mode is all there is. */
@@ -213,10 +220,7 @@ static int mount_tmpfs(const char *path, uint64_t capacity, unsigned long flags)
 
 int tm_prim_tmpfs_mount(const char *path, uint64_t capacity) { return mount_tmpfs(path, capacity, 0); }
 
-int tm_prim_tmpfs_resize(const char *path, uint64_t capacity) {
-    int status = mount_tmpfs(path, capacity, MS_REMOUNT);
-    return status == -EINVAL ? -EBUSY : status; /* what tmpfs answers where more than `capacity` is in use */
-}
+int tm_prim_tmpfs_resize(const char *path, uint64_t capacity) { return mount_tmpfs(path, capacity, MS_REMOUNT); }
 
 int tm_prim_tmpfs_unmount(const char *path) { return status_of(umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW)); }
 

@@ -32,6 +32,8 @@ int tm_range_map(tm_range *range, uint64_t offset, int fd, uint64_t length, int 
     int status = tm_prim_size(fd, &size);
     if (status < 0) return status;
     if (size < length) return TM_E_SHORT; /* touching a mapping behind the end of its file raises SIGBUS */
+    /* A private copy of a reserved page needs another reserved page; without one the writer dies by SIGBUS. */
+    if (mode == TM_MAP_COW && tm_prim_is_hugetlb(fd)) return -EOPNOTSUPP;
     return tm_prim_map(range->address + offset, length, fd, 0,
                        mode == TM_MAP_COW ? TM_PROTECT_COW : TM_PROTECT_READ);
 }

@@ -135,7 +135,7 @@ void tm_reader_close(tm_reader *reader) {
 
 int tm_staging_alloc(uint64_t bytes, void **staging) {
     if (bytes == 0 || bytes > TM_BYTES_MAX) return TM_E_RANGE;
-    bytes = tm_round_up(bytes, TM_PAGE_BYTES);
+    bytes = tm_round_up(bytes, tm_prim_os_page());
     void *address;
     int status = tm_prim_reserve(bytes, &address);
     if (status < 0) return status;
@@ -150,5 +150,5 @@ int tm_staging_alloc(uint64_t bytes, void **staging) {
 }
 
 void tm_staging_free(void *staging, uint64_t bytes) {
-    if (staging != NULL) tm_prim_unmap(staging, tm_round_up(bytes, TM_PAGE_BYTES));
+    if (staging != NULL) tm_prim_unmap(staging, tm_round_up(bytes, tm_prim_os_page()));
 }

@@ -5,7 +5,8 @@
 
 #include "internal.h"
 
-#define PREFAULT_STEP ((uint64_t)32 << 20)
+/* Short enough that the threads end together on a segment of a few pages. */
+#define PREFAULT_STEP (4 * (uint64_t)TM_PAGE_BYTES)
 
 struct tm_segment {
     char *address;

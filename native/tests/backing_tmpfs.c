@@ -23,7 +23,7 @@ static void check_mounted(void) {
     OK(tm_tmpfs_resize(path, 9 * PAGE));
     OK(statvfs(path, &space));
     EXPECT(space.f_blocks * space.f_frsize, 9 * PAGE);
-    EXPECT(tm_tmpfs_resize(path, PAGE), -EBUSY);
+    EXPECT(tm_tmpfs_resize(path, PAGE), -EINVAL);
 
     OK(tm_tmpfs_unmount(path));
     memset(tm_segment_address(segment), 3, 3 * PAGE); /* mappings outlive it */

@@ -27,6 +27,7 @@ int main(void) {
     EXPECT(facts.st_size, FILE_BYTES);
     OK(tm_staging_alloc(STAGING_BYTES, &staging));
 
+    int direct = tm_reader_is_direct(reader);
     for (int cold = 0; cold < 2; cold++) {
         tm_part beyond = {FILE_BYTES - 1, 2, got}, behind = {1 << 20, 1, got};
         if (cold) {
@@ -36,6 +37,8 @@ int main(void) {
         EXPECT(tm_reader_read(reader, &beyond, 1, staging, STAGING_BYTES), TM_E_SHORT);
         EXPECT(tm_reader_read(reader, &behind, 1, staging, STAGING_BYTES), TM_E_SHORT);
     }
+
+    EXPECT(tm_reader_is_direct(reader), direct); /* the end of the file is no reason to give up O_DIRECT */
 
     tm_part wide = {0, STAGING_BYTES - 8191, got}, far = {UINT64_MAX, 2, got}, empty = {0, 0, got};
     tm_part crossed[2] = {{100, 10, got}, {109, 10, got}};

@@ -8,6 +8,7 @@ static void refuses_bad_sizes_and_names(int dirfd) {
     EXPECT(tm_segment_create(dirfd, "s", UINT64_MAX / PAGE * PAGE, 0, &none), TM_E_RANGE);
     EXPECT(tm_segment_create(dirfd, "../s", PAGE, 0, &none), -EINVAL);
     EXPECT(tm_segment_create(dirfd, "s", PAGE, 2, &none), -EINVAL);
+    TRUE(tm_segment_create(dirfd, "s", UINT64_C(1) << 59, 0, &none) < 0); /* no address space is that large */
     TRUE(none == NULL);
     EXPECT(faccessat(dirfd, "s", F_OK, 0), -1);
 }

@@ -22,6 +22,9 @@ static int fail_on_third(void *argument, uint64_t offset, uint64_t length) {
 int main(void) {
     OK(tm_split(1005, 10, 4, succeed, NULL));
     EXPECT(covered, 1005);
+    covered = 0;
+    OK(tm_split(1000, 1, 1000000, succeed, NULL)); /* with as many threads as there may be */
+    EXPECT(covered, 1000);
     EXPECT(tm_split(1000, 10, 1, fail_on_third, NULL), -EIO);
     EXPECT(steps, 3);
     EXPECT(tm_split(1000, 10, 8, fail_on_third, NULL), -EIO);

@@ -189,6 +189,14 @@ def test_reader_takes_regular_files_only(tmp_path: Path) -> None:
             _native.Reader(str(path))
 
 
+def test_paths_with_null_characters_are_refused(dirfd: int, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    with pytest.raises(NativeError, match="null character"):
+        _native.Reader(f"{tmp_path}/a\0b")
+    with pytest.raises(NativeError, match="null character"):
+        _native.Segment.open(dirfd, "a\0b", PAGE_BYTES)
+
+
 def test_copy_moves_every_byte() -> None:
     source = np.random.default_rng(1).integers(0, 256, 9_000_001, np.uint8)
     target = np.zeros_like(source)
@@ -278,6 +286,9 @@ def test_mounted_tmpfs_is_resized_and_unmounted(tmp_path: Path) -> None:
         _native.tmpfs_resize(str(tmp_path), 4 * PAGE_BYTES)
         space = os.statvfs(tmp_path)
         assert space.f_blocks * space.f_frsize == 4 * PAGE_BYTES
+        (tmp_path / "large").write_bytes(bytes(3 * PAGE_BYTES))
+        with pytest.raises(NativeError, match="less than it holds"):
+            _native.tmpfs_resize(str(tmp_path), PAGE_BYTES)
     finally:
         _native.tmpfs_unmount(str(tmp_path))
     assert not os.path.ismount(tmp_path)

@@ -22,7 +22,7 @@ import msgpack
 import pytest
 
 from tiermem import errors
-from tiermem.rpc import codec, descriptors
+from tiermem.rpc import codec, descriptors, frames
 from tiermem.rpc.descriptors import DescriptorClient, DescriptorServer
 from tiermem.rpc.messages import DescriptorHello, DescriptorReply, DescriptorRequest, DescriptorWelcome
 
@@ -50,7 +50,7 @@ class Served:
             raise errors.AccessDenied(f"session {session} has no lease none")
         if lease_id == "defect":
             raise OSError("secret")
-        if lease_id == "two" and indices[0] >= descriptors.MAX_FRAME_DESCRIPTORS:
+        if lease_id == "two" and indices[0] >= frames.MAX_DESCRIPTORS:
             raise errors.Refused("no more")
         return [self._segment(index) for index in indices]
 
@@ -99,7 +99,10 @@ def frame(body: bytes) -> bytes:
 
 def read_frame(connection: socket.socket) -> Any:
     header = connection.recv(4, socket.MSG_WAITALL)
-    return msgpack.unpackb(connection.recv(*struct.unpack("<I", header), socket.MSG_WAITALL)) if header else None
+    if not header:
+        return None
+    (length,) = struct.unpack("<I", header)
+    return msgpack.unpackb(connection.recv(length, socket.MSG_WAITALL))
 
 
 HELLO = frame(codec.encode(DescriptorHello(1)))
@@ -145,7 +148,8 @@ def test_an_error_answers_one_request_and_leaks_nothing(served: Served, caplog: 
     os.close(fd)
     with pytest.raises(errors.TiermemError, match="the pool failed: OSError") as caught:
         client.fetch("defect", [1])
-    assert "secret" not in str(caught.value) and "OSError: secret" in caplog.text
+    assert "secret" not in str(caught.value)
+    assert "OSError: secret" in caplog.text
     client.close()
 
 
@@ -185,13 +189,12 @@ def test_garbage_ends_its_own_connection_after_an_error_frame(served: Served, se
     other = DescriptorClient(served.path)
     connection = raw(served)
     connection.sendall(sent)
-    answers = []
-    try:
+    answers: list[Any] = []
+    with suppress(ConnectionResetError):
         while (answer := read_frame(connection)) is not None:
             answers.append(answer)
-    except ConnectionResetError:
-        pass
-    assert answers[-1]["error"]["code"] == "protocol" and complaint in answers[-1]["error"]["message"]
+    assert answers[-1]["error"]["code"] == "protocol"
+    assert complaint in answers[-1]["error"]["message"]
     connection.close()
     os.close(other.fetch("lease", [1])[1])
     other.close()
@@ -206,7 +209,8 @@ def test_half_a_frame_then_silence_keeps_nobody_waiting(served: Served) -> None:
     client = DescriptorClient(served.path)
     os.close(client.fetch("lease", [1])[1])
     assert time.monotonic() - began < 1
-    for connection in (*silent, client):
+    client.close()
+    for connection in silent:
         connection.close()
 
 
@@ -222,13 +226,13 @@ def test_who_says_no_hello_is_told_and_cut_off(served: Served, monkeypatch: pyte
 def test_a_client_that_never_reads_is_cut_off_and_blocks_nobody(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descriptors, "SEND_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(frames, "SEND_TIMEOUT_S", 0.3)
     greedy = raw(served)
     greedy.sendall(HELLO)
     request = frame(codec.encode(DescriptorRequest("lease", (1,))))
     before = open_files()
     greedy.settimeout(0.2)
-    with pytest.raises(TimeoutError):
+    with suppress(TimeoutError):
         while True:
             greedy.sendall(request)
     client = DescriptorClient(served.path)
@@ -304,7 +308,7 @@ def test_a_dead_pools_socket_is_replaced_and_a_living_ones_is_not(served: Served
 
 
 def test_no_pool_is_unreachable_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(errors.DaemonUnreachable, match="No such file.*tiermem serve"):
+    with pytest.raises(errors.DaemonUnreachable, match=r"No such file.*tiermem serve"):
         DescriptorClient(str(tmp_path / "none"))
 
 
@@ -339,27 +343,27 @@ def reply(*segments: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("answers", "kind"),
+    ("answers", "kind", "complaint"),
     [
-        ([(reply(1, 2), [0])], errors.ProtocolError),  # too few
-        ([(reply(1), [0, 0])], errors.ProtocolError),  # too many
-        ([(reply(1, 1), [0, 0])], errors.ProtocolError),  # one twice
-        ([(reply(1), [0]), (reply(1), [0])], errors.ProtocolError),  # one again
-        ([(reply(9), [0])], errors.ProtocolError),  # not asked for
-        ([(reply(), [])], errors.ProtocolError),  # neither descriptors nor error
-        ([(reply(*range(201)), [0] * 201)], errors.ProtocolError),  # more than a frame may carry
-        ([(frame(b"junk"), [0, 0])], errors.ProtocolError),
-        ([(reply(1), [0]), (reply(2)[:3], [0])], errors.DeadlineExceeded),  # half a frame, then silence
+        ([(reply(1, 2), [0])], errors.ProtocolError, "1 descriptors came as segments"),
+        ([(reply(1), [0, 0])], errors.ProtocolError, "2 descriptors came as segments"),
+        ([(reply(1, 1), [0, 0])], errors.ProtocolError, "2 descriptors came as segments"),
+        ([(reply(1), [0]), (reply(1), [0])], errors.ProtocolError, "1 descriptors came as segments"),
+        ([(reply(9), [0])], errors.ProtocolError, "1 descriptors came as segments"),
+        ([(reply(), [])], errors.ProtocolError, "neither descriptors nor an error"),
+        ([(reply(*range(201)), [0] * 201)], errors.ProtocolError, "descriptors were lost"),
+        ([(frame(b"junk"), [0, 0])], errors.ProtocolError, "DescriptorReply is not msgpack"),
+        ([(reply(1), [0]), (reply(2)[:3], [0])], errors.DeadlineExceeded, "no answer within 0.3 s"),
     ],
 )
 def test_a_broken_answer_ends_the_connection_and_leaks_no_descriptor(
-    tmp_path: Path, answers: list[tuple[bytes, list[int]]], kind: type[errors.TiermemError]
+    tmp_path: Path, answers: list[tuple[bytes, list[int]]], kind: type[errors.TiermemError], complaint: str
 ) -> None:
     path = str(tmp_path / "fd")
     server = FakeServer(path, answers)
     client = DescriptorClient(path, timeout_s=0.3)
     before = open_files()
-    with pytest.raises(kind):
+    with pytest.raises(kind, match=complaint):
         client.fetch("lease", [1, 2])
     server.join()
     assert open_files() <= before - 2, "both ends of the connection are closed, and all that came"

@@ -1,4 +1,4 @@
-"""Server and channel over a real Unix socket: calls, errors both ways, sessions, hostile bodies, the life of a stream."""
+"""Server and channel over a real Unix socket: calls, errors, sessions, hostile bodies, the life of a stream."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ class FakePool:
     async def attach(self, request: AttachRequest, session: str) -> AsyncGenerator[AttachEvent, None]:
         try:
             yield AttachEvent("attached", pool_id=session, protocol=request.protocol)
+            if request.pid:
+                yield AttachEvent("ping")
             self.attached.set()
             if request.protocol != messages.PROTOCOL:
                 raise errors.ProtocolError("speak 1")
@@ -76,8 +78,9 @@ class FakePool:
     async def open(self, request: messages.OpenRequest, session: str) -> messages.OpenReply:
         raise NotImplementedError
 
-    unpin = pin
-    evict = remove = release
+    unpin: Any = pin
+    evict: Any = release
+    remove: Any = release
 
 
 class Served:
@@ -160,20 +163,20 @@ def test_a_reply_may_be_larger_than_grpc_s_own_limit(served: Served) -> None:
         assert channel.call("Status", messages.StatusRequest("large")).body == {"blob": bytes(5 << 20)}
 
 
-@pytest.mark.parametrize("kind", sorted(errors.BY_CODE.values(), key=lambda kind: kind.code))
+@pytest.mark.parametrize("kind", errors.BY_CODE.values())
 def test_an_exception_of_the_handler_is_raised_by_the_call_and_never_retried(
     served: Served, kind: type[errors.TiermemError]
 ) -> None:
     served.pool.fail = kind("/pfäd: what; do this")
     with connected(served) as channel, pytest.raises(errors.TiermemError) as caught:
         channel.call("Load", LoadRequest("/m"))
-    assert type(caught.value) is kind and str(caught.value) == "/pfäd: what; do this"
+    assert (type(caught.value), str(caught.value)) == (kind, "/pfäd: what; do this")
     assert served.pool.seen == ["load"]
 
 
 def test_the_longest_error_fits_into_the_trailers(served: Served) -> None:
     served.pool.fail = errors.CheckpointNotFound("ä" * 9000)
-    with connected(served) as channel, pytest.raises(errors.CheckpointNotFound, match="^ä{1536}$"):
+    with connected(served) as channel, pytest.raises(errors.CheckpointNotFound, match=r"^ä{1536}$"):
         channel.call("Load", LoadRequest("/m"))
 
 
@@ -188,7 +191,8 @@ def test_a_defect_in_a_handler_is_internal_logged_and_survived(
             channel.call("Release", messages.ReleaseRequest("l"))
         served.pool.fail = None
         assert channel.call("Load", LoadRequest("/m")).tensors == 1
-    assert "secret" not in str(caught.value) and "RuntimeError: secret" in caplog.text
+    assert "secret" not in str(caught.value)
+    assert "RuntimeError: secret" in caplog.text
 
 
 def test_an_unknown_method_says_what_the_pool_speaks(served: Served) -> None:
@@ -196,7 +200,8 @@ def test_an_unknown_method_says_what_the_pool_speaks(served: Served) -> None:
         for path in ("/tiermem.Pool/Format", "/other.Service/Load"):
             status, error = raw_error(channel, path, b"")
             assert status is grpc.StatusCode.UNIMPLEMENTED
-            assert type(error) is errors.ProtocolError and "protocol 1: Attach, Load" in str(error)
+            assert type(error) is errors.ProtocolError
+            assert "protocol 1: Attach, Load" in str(error)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.streams])
@@ -204,7 +209,7 @@ def test_a_garbage_body_is_an_invalid_argument(served: Served, name: str) -> Non
     with raw_channel(served) as channel:
         for body in (b"", b"\xc1", b"\x81\xa1x\1", b"\x80\x80", os.urandom(64)):
             status, error = raw_error(channel, METHODS[name].path, body)
-            assert status is grpc.StatusCode.INVALID_ARGUMENT and type(error) is errors.ProtocolError
+            assert (status, type(error)) == (grpc.StatusCode.INVALID_ARGUMENT, errors.ProtocolError)
 
 
 def test_an_oversized_body_is_refused_by_both_ends(served: Served) -> None:
@@ -223,12 +228,13 @@ def test_without_a_session_nothing_is_served(served: Served, token: bytes | None
         for method in METHODS.values():
             status, error = raw_error(channel, method.path, codec.encode(LoadRequest("/m")), token)
             assert status is grpc.StatusCode.UNAUTHENTICATED
-            assert type(error) is errors.AccessDenied and word in str(error)
+            assert type(error) is errors.AccessDenied
+            assert word in str(error)
     assert served.pool.seen == []
 
 
 def test_a_passed_deadline_names_the_time_and_cancels_the_handler(served: Served) -> None:
-    with connected(served) as channel, pytest.raises(errors.DeadlineExceeded, match="Wait: .* within 0.1 s"):
+    with connected(served) as channel, pytest.raises(errors.DeadlineExceeded, match=r"Wait: .* within 0.1 s"):
         channel.call("Wait", messages.WaitRequest("l"), timeout_s=0.1)
     assert served.pool.detached.wait(1)
 
@@ -236,7 +242,7 @@ def test_a_passed_deadline_names_the_time_and_cancels_the_handler(served: Served
 def test_nobody_at_the_address_is_unreachable_with_advice(tmp_path: Path) -> None:
     channel = Channel(f"unix:{tmp_path}/none", lambda: TOKEN)
     began = time.monotonic()
-    with pytest.raises(errors.DaemonUnreachable, match="/none .*start it with: tiermem serve"):
+    with pytest.raises(errors.DaemonUnreachable, match=r"/none .*start it with: tiermem serve"):
         channel.call("Pin", messages.PinRequest("m"))
     assert time.monotonic() - began < 1
     channel.close()
@@ -283,7 +289,7 @@ def test_a_stream_ends_when_the_pool_ends_it_and_raises_what_the_pool_raises(ser
     with connected(served) as channel:
         assert [event.pool_id for event in channel.attach(AttachRequest(1, pid=0))] == ["session"]
         stream = channel.attach(AttachRequest(7, pid=1))
-        assert next(stream).kind == "attached"
+        assert [next(stream).kind, next(stream).kind] == ["attached", "ping"]
         with pytest.raises(errors.ProtocolError, match="speak 1"):
             next(stream)
 
@@ -292,10 +298,23 @@ def test_a_cancelled_stream_ends_and_the_pool_notices(served: Served) -> None:
     with connected(served) as channel:
         stream = channel.attach(AttachRequest(1, pid=1))
         assert next(stream).kind == "attached"
-        assert served.pool.attached.wait(1) and not served.pool.detached.is_set()
+        assert served.pool.attached.wait(1)
+        assert not served.pool.detached.is_set()
         stream.cancel()
         assert list(stream) == []
         assert served.pool.detached.wait(1)
+
+
+def test_the_end_of_a_stream_is_told_though_events_are_unread(served: Served) -> None:
+    ended = threading.Event()
+    with connected(served) as channel:
+        stream = channel.attach(AttachRequest(1, pid=1))
+        next(stream)
+        assert served.pool.attached.wait(1)
+        stream.on_end(ended.set)
+        assert not ended.wait(0.1)
+        served.stop()
+        assert ended.wait(2)
 
 
 def test_a_stream_whose_pool_stops_raises_unreachable(served: Served) -> None:
@@ -304,7 +323,7 @@ def test_a_stream_whose_pool_stops_raises_unreachable(served: Served) -> None:
         next(stream)
         served.stop()
         with pytest.raises(errors.DaemonUnreachable):
-            next(stream)
+            list(stream)
     assert served.pool.detached.wait(1)
 
 
@@ -320,7 +339,8 @@ next(stream); print("attached", flush=True); time.sleep(60)
 def test_a_killed_client_is_noticed_within_a_second(served: Served) -> None:
     command = [sys.executable, "-c", CLIENT, served.address, TOKEN.hex()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True) as client:
-        assert client.stdout is not None and client.stdout.readline() == "attached\n"
+        assert client.stdout is not None
+        assert client.stdout.readline() == "attached\n"
         assert not served.pool.detached.is_set()
         client.send_signal(signal.SIGKILL)
         assert served.pool.detached.wait(1)

@@ -32,9 +32,9 @@ def command(**flags: Any) -> None:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def ready(pool: Pool) -> None:
-        dram = pool.tiers[0]
+        dram = pool.dram.tier
         output.line(
-            f"serving {config.address}: {format_bytes(dram.capacity_bytes or 0)} of DRAM on {pool.backing.kind}, "
+            f"serving {config.address}: {format_bytes(dram.capacity_bytes or 0)} of DRAM on {pool.dram.backing.kind}, "
             f"{len(pool.catalog)} models adopted"
         )
 

@@ -6,12 +6,12 @@ it was. Never decides what is read; never believes that a file stayed what it wa
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 
 from tiermem import _native
-from tiermem.errors import CheckpointChanged, NativeError, ReadError
+from tiermem.checkpoint import check_unchanged
+from tiermem.errors import NativeError, ReadError
 from tiermem.types import CheckpointFile
 
 Part = tuple[int, int, int]
@@ -39,18 +39,7 @@ class FileSource:
     def check(self) -> None:
         """Raise CheckpointChanged unless every file read from still has the size, time and inode of the manifest."""
         for number, reader in list(self._readers.items()):
-            file, now = self._files[number], os.fstat(reader.fd)
-            for what, then, value in (
-                ("device", file.device, now.st_dev),
-                ("inode", file.inode, now.st_ino),
-                ("size", file.size, now.st_size),
-                ("modification time", file.mtime_ns, now.st_mtime_ns),
-            ):
-                if then != value:
-                    raise CheckpointChanged(
-                        f"{file.path} changed while it was loaded: its {what} was {then} and is {value}; "
-                        "nothing of it is served; load it again once it is complete"
-                    )
+            check_unchanged(self._files[number], reader.fd)
 
     def close(self) -> None:
         for reader in self._readers.values():

@@ -1,0 +1,93 @@
+"""`tiermem status`: what the daemon holds and who reads it, as tables. Changes nothing."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import click
+
+from tiermem.cli import output
+from tiermem.cli.flags import address_flag, json_flag
+from tiermem.config import load_config
+from tiermem.units import format_bytes, format_seconds
+
+
+@click.command()
+@click.argument("name", required=False)
+@address_flag
+@json_flag
+def command(name: str | None, as_json: bool, **flags: Any) -> None:
+    """Show the pool's tiers and models, or of the model NAME also where each layer is."""
+    from tiermem.client import Client
+
+    with Client(load_config(flags).address) as client:
+        address, status = client.address, client.status(name)
+    if as_json:
+        output.emit_json("status", {"address": address, **status})
+        return
+    _show_pool(address, status)
+    if name is None:
+        _show_models(status["models"])
+    else:
+        _show_model(status["models"][0])
+
+
+def _show_pool(address: str, status: dict[str, Any]) -> None:
+    pool, spare = status["pool"], status["spare"]
+    output.line(
+        f"pool {pool['id']} at {address}, process {pool['pid']}, up {format_seconds(pool['uptime_s'])}, "
+        f"policy {pool['policy']}, leases {pool['leases']}"
+    )
+    output.line(f"segments on {pool['backing']}: {pool['backing_reason']}")
+    if spare["target_bytes"]:
+        output.line(f"spare: {format_bytes(spare['ready_bytes'])} of {format_bytes(spare['target_bytes'])} prefaulted")
+    if pool["policy_failure"]:
+        output.note(f"the policy failed and nothing is evicted: {pool['policy_failure']}")
+    if pool["catalog_error"]:
+        output.note(f"the catalog cannot be written: {pool['catalog_error']}")
+    if pool["quarantined_loads"]:
+        output.note(f"{pool['quarantined_loads']} adopted models had damaged bytes and were dropped")
+    output.line("")
+    output.table(("tier", ">used", ">capacity", ">fill"), [_tier_row(tier) for tier in status["tiers"]])
+
+
+def _tier_row(tier: dict[str, Any]) -> tuple[str, str, str, str]:
+    used, capacity = tier["used_bytes"], tier["capacity_bytes"]
+    if capacity is None:
+        return tier["name"], "", "unbounded", ""
+    return tier["name"], format_bytes(used), format_bytes(capacity), f"{used / capacity:.0%}"
+
+
+def _show_models(models: list[dict[str, Any]]) -> None:
+    output.line("")
+    if not models:
+        output.line("no models; tiermem load PATH brings one")
+        return
+    rows = [
+        (model["name"], _state(model), format_bytes(model["bytes"]), model["leases"], len(model["readers"]),
+         model["pins"], model["opens"])
+        for model in models
+    ]  # fmt: skip
+    output.table(("model", "state", ">bytes", ">leases", ">readers", ">pins", ">opens"), rows)
+
+
+def _state(model: dict[str, Any]) -> str:
+    if model["state"] != "loading" or not model["bytes"]:
+        return str(model["state"])
+    return f"loading {model['ready_bytes'] / model['bytes']:.0%}"
+
+
+def _show_model(model: dict[str, Any]) -> None:
+    readers = ", ".join(map(str, model["readers"])) or "none"
+    output.line("")
+    output.line(f"{model['name']}: {model['path']}")
+    output.line(
+        f"{_state(model)}, {format_bytes(model['bytes'])} in {model['tensors']} tensors, {model['leases']} leases, "
+        f"{model['pins']} pins, {model['opens']} opens, readers: {readers}"
+    )
+    output.line("")
+    # Neighbours in the same tier share a row: a model has up to hundreds of layers, mostly in few runs.
+    runs = [(tier, [layer for layer, _ in run]) for tier, run in groupby(model["residency"].items(), lambda x: x[1])]
+    rows = [(len(run), run[0] if len(run) == 1 else f"{run[0]} ... {run[-1]}", tier) for tier, run in runs]
+    output.table((">layers", "from ... to", "tier"), rows)
