@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,31 @@ _log = logging.getLogger(__name__)
 
 
 class CatalogFiles:
-    """`directory` holds one file per model identity."""
+    """`directory` holds one file per model identity. `error` says why the last change could not be kept, if so."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.error = ""
+        self._writing = threading.Lock()
         os.makedirs(directory, mode=0o700, exist_ok=True)
 
-    def put(self, record: ModelRecord) -> None:
-        """Keep what is resident of a model now. Raises OSError."""
+    def sync(self, record: ModelRecord, known: bool) -> None:
+        """Keep what is resident of a model now, or, if it is not `known` any more, forget it.
+
+        A directory that is full costs the next daemon this model, not this one its service.
+        """
+        with self._writing:
+            try:
+                if known:
+                    self._put(record)
+                else:
+                    self.remove(record.id)
+                self.error = ""
+            except OSError as error:
+                self.error = f"{self.directory}: {error.strerror}; a restart would not find {record.name}"
+                _log.error("catalog not kept: %s", self.error)
+
+    def _put(self, record: ModelRecord) -> None:
         held = [key if key is not None and record.resident(i) else None for i, key in enumerate(record.keys)]
         body = {
             "format": _FORMAT,

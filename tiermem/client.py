@@ -40,14 +40,17 @@ class _Session:
     def __init__(self, address: str, leases: Mapping[str, str]) -> None:
         self.descriptors = DescriptorClient(str(descriptor_path(socket_path(address))))
         self.channel = Channel(address, lambda: self.descriptors.token)
+        held = tuple(m.Announcement(lease, model) for lease, model in leases.items())
+        self.stream: Attachment = self.channel.attach(m.AttachRequest(m.PROTOCOL, os.getpid(), held))
+        self.refused: tuple[str, ...] = ()
+        if not held:
+            # The token is good already, so the first call need not wait for the stream.
+            return
         try:
-            held = tuple(m.Announcement(lease, model) for lease, model in leases.items())
-            self.stream: Attachment = self.channel.attach(m.AttachRequest(m.PROTOCOL, os.getpid(), held))
-            attached = next(self.stream)
+            self.refused = next(self.stream).refused
         except BaseException:
             self.close()
             raise
-        self.refused = attached.refused
 
     def close(self) -> None:
         self.channel.close()

@@ -63,15 +63,6 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class BackingChoice:
-    """What segments will be made of, and why that and nothing better."""
-
-    backing: str
-    available: bool
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Host:
     """All facts. `shm_bytes` is the room left in /dev/shm, `hugetlb_free_bytes` that in reserved 2 MiB OS pages."""
 
@@ -96,27 +87,6 @@ class Host:
         """Every capability by its name, in the order above."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Capability)}
-
-    def choose_backing(self, wanted: str, dram_bytes: int) -> BackingChoice:
-        """What `wanted` (a backing, or auto) means here for a DRAM tier of `dram_bytes`.
-
-        auto: a tmpfs of our own on 2 MiB OS pages; reserved 2 MiB OS pages, if enough; /dev/shm, if it has the room,
-        because its files outlive a daemon; memfd.
-        """
-        # The same rules as open_backing's, without trying.
-        ladder = {"tmpfs": self.tmpfs, "hugetlb": self._room(self.hugetlb, self.hugetlb_free_bytes, dram_bytes),
-                  "shm": self._room(self.shm, self.shm_bytes, dram_bytes), "memfd": self.memfd}  # fmt: skip
-        if wanted != "auto":
-            return BackingChoice(wanted, ladder[wanted].available, ladder[wanted].reason)
-        # memfd needs nothing, so the search ends.
-        name = next(name for name, rung in ladder.items() if rung.available)
-        passed = [f"not {better} ({ladder[better].reason})" for better in list(ladder)[: list(ladder).index(name)]]
-        return BackingChoice(name, True, "; ".join([ladder[name].reason, *passed]))
-
-    def _room(self, capability: Capability, room_bytes: int, dram_bytes: int) -> Capability:
-        if not capability.available or room_bytes >= dram_bytes:
-            return capability
-        return Capability(False, f"room for {format_bytes(room_bytes)}, the DRAM tier needs {format_bytes(dram_bytes)}")
 
 
 def probe(root: Path = ROOT) -> Host:

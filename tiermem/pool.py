@@ -57,7 +57,6 @@ class Pool:
         self.tiers = (self.dram.tier, Tier(DISK, "disk", None))
         self.catalog = Catalog()
         self.leases = LeaseTable()
-        self.catalog_error = ""
         self.quarantined = 0
         self.figures: dict[str, Figures] = {}
         self._lock = threading.RLock()
@@ -70,11 +69,10 @@ class Pool:
         self.loader = Loader(config.read_threads, config.staging, self._lock, self._end)
         if not embedded:
             self.loader.start()
-        self._files = None if embedded else CatalogFiles(config.state / "catalog")
-        self._persisting = threading.Lock()
+        self.files = None if embedded else CatalogFiles(config.state / "catalog")
         self._grace_until_s = 0.0
-        if self._files is not None and backing.survives:
-            self._adopt(self._files)
+        if self.files is not None and backing.survives:
+            self._adopt(self.files)
         self.spare = Spare(backing, config.spare, self._spare_room)
         for record in self.catalog:
             self._begin(record)
@@ -347,9 +345,9 @@ class Pool:
         self.loader.close()
         self.spare.close()
         keep = self.config.keep and self.dram.backing.survives
-        if self._files is not None and not keep:
+        if self.files is not None and not keep:
             for record in self.catalog:
-                self._files.remove(record.id)
+                self.files.remove(record.id)
         self.dram.close(keep)
 
     # --- inside ---------------------------------------------------------------------------------------------------
@@ -379,23 +377,12 @@ class Pool:
         self.dram.drop_all(record)
         self.catalog.remove(record)
         self.figures.pop(record.id, None)
-        if self._files is not None:
-            self._files.remove(record.id)
+        if self.files is not None:
+            self.files.remove(record.id)
 
     def _persist(self, record: ModelRecord) -> None:
-        if self._files is None:
-            return
-        with self._persisting:
-            try:
-                if self.catalog.by_id(record.id) is record:
-                    self._files.put(record)
-                else:
-                    self._files.remove(record.id)
-                self.catalog_error = ""
-            except OSError as error:
-                self.catalog_error = (
-                    f"{self._files.directory}: {error.strerror}; a restart would not find {record.name}"
-                )
+        if self.files is not None:
+            self.files.sync(record, known=self.catalog.by_id(record.id) is record)
 
     def _adopt(self, files: CatalogFiles) -> None:
         for record, segments in adopt(files, self.dram.backing, self.dram.tier):

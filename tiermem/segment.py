@@ -86,6 +86,13 @@ def _mounts(kind: str) -> dict[Path, str]:
     return found
 
 
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
 def _opened(directory: Path) -> int:
     os.makedirs(directory, mode=0o700, exist_ok=True)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -96,6 +103,8 @@ def _opened(directory: Path) -> int:
 
 
 def _tmpfs(directory: Path | None, capacity: int) -> Backing:
+    if "[deny]" in _read("/sys/kernel/mm/transparent_hugepage/shmem_enabled"):
+        raise NativeError("2 MiB OS pages are denied by /sys/kernel/mm/transparent_hugepage/shmem_enabled")
     # One page of slack: a mount that is exactly full cannot even create an empty file.
     size = capacity + PAGE_BYTES
     if directory is None:
@@ -112,8 +121,7 @@ def _tmpfs(directory: Path | None, capacity: int) -> Backing:
 
 
 def _hugetlb(directory: Path | None, capacity: int) -> Backing:
-    facts = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
-    free = int((facts / "free_hugepages").read_text()) * PAGE_BYTES if facts.exists() else 0
+    free = int(_read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages") or 0) * PAGE_BYTES
     if free < capacity:
         raise NativeError(
             f"{format_bytes(free)} of 2 MiB pages are reserved and free, {format_bytes(capacity)} are needed; "

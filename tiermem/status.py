@@ -28,7 +28,7 @@ def status_of(pool: Pool, name: str | None = None) -> dict[str, Any]:
                 "backing_reason": pool.dram.backing.reason,
                 "policy": pool.config.policy,
                 "policy_failure": pool.migrator.failure,
-                "catalog_error": pool.catalog_error,
+                "catalog_error": pool.files.error if pool.files else "",
                 "quarantined_loads": pool.quarantined,
                 "evicted_bytes": pool.migrator.evicted_bytes,
                 "leases": len(pool.leases),

@@ -152,7 +152,7 @@ def test_doctor_prints_one_json_object(capsys: pytest.CaptureFixture[str], tmp_p
     results = report["results"]
     assert list(results) == ["facts", "storage", "dram_bytes", "backing", "daemon"]
     assert results["dram_bytes"] == 64 << 20
-    assert results["backing"]["backing"] == "memfd"
+    assert results["backing"]["kind"] == "memfd"
     assert set(results["facts"]["rdma"]) == {"available", "reason"}
     assert results["daemon"]["address"] == f"unix:{tmp_path}/tiermem/tiermem.sock"
     assert results["daemon"]["available"] is False

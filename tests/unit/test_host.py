@@ -69,7 +69,6 @@ def test_an_empty_tree_raises_nothing_and_explains_everything(tmp_path: Path) ->
     assert facts.nodes == ()
     assert all(check.reason for check in facts.capabilities().values())
     assert facts.pmu == host.Capability(False, "no PMU: sampling uses page tables")
-    assert facts.choose_backing("auto", GIB).backing == "memfd"
     assert host.storage(tmp_path, tmp_path).filesystem == "unknown"
 
 
@@ -82,34 +81,6 @@ def test_probing_this_host_agrees_with_the_kernel() -> None:
     facts = host.probe()
     assert facts.memory.total_bytes > facts.memory.available_bytes > 0
     assert facts.kernel == Path("/proc/sys/kernel/osrelease").read_text().strip()
-
-
-@pytest.mark.parametrize(
-    ("changes", "dram", "backing"),
-    [
-        ({}, 8 * GIB, "shm"),
-        (ROOT_STATUS, 8 * GIB, "tmpfs"),
-        (ROOT_STATUS | {"sys/kernel/mm/transparent_hugepage/shmem_enabled": "always never [deny]\n"}, 8 * GIB, "shm"),
-        (RESERVED, GIB, "hugetlb"),
-        (RESERVED, GIB + 1, "shm"),
-        (ROOT_STATUS | RESERVED, GIB, "tmpfs"),
-        ({}, 12 * GIB + 1, "memfd"),
-        ({"proc/self/mountinfo": ""}, GIB, "memfd"),
-    ],
-)
-def test_the_backing_is_the_first_rung_that_is_there_and_has_the_room(
-    build: Build, changes: dict[str, str], dram: int, backing: str
-) -> None:
-    choice = host.probe(build(changes)).choose_backing("auto", dram)
-    assert (choice.backing, choice.available) == (backing, True)
-    rungs = ["tmpfs", "hugetlb", "shm", "memfd"]
-    assert [rung for rung in rungs if f"not {rung} (" in choice.reason] == rungs[: rungs.index(backing)]
-
-
-def test_a_backing_that_was_asked_for_and_is_not_there_is_not_replaced(build: Build) -> None:
-    choice = host.probe(build({})).choose_backing("tmpfs", GIB)
-    assert (choice.backing, choice.available) == ("tmpfs", False)
-    assert "CAP_SYS_ADMIN" in choice.reason
 
 
 def test_the_tightest_control_group_limits_memory(build: Build) -> None:

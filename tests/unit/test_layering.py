@@ -13,13 +13,13 @@ MAX_LINES = 400
 LAYERS = (
     {"errors", "types", "units"},
     {"_native", "config", "digests", "dtypes", "durable", "host", "policy", "rpc"},
-    {"adoption", "catalog", "catalog_files", "checkpoint", "device", "heat", "lease", "load", "loader", "metrics",
+    {"adoption", "catalog", "catalog_files", "checkpoint", "device", "dram", "heat", "lease", "load", "loader", "metrics",
      "migrator", "paths", "replay", "sampler", "segment", "source", "spare", "tier", "view"},
     {"pool"},
     {"server", "status"},
-    {"agent", "client", "embedded", "model"},
-    {"numpy", "torch"},
-    {"adapters", "cli", "__init__", "__main__"},
+    {"agent", "client", "embedded", "model", "opening"},
+    {"numpy", "safe_open", "torch"},
+    {"adapters", "bench", "cli", "__init__", "__main__"},
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 # These see less than their layer would let them.

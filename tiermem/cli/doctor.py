@@ -1,9 +1,11 @@
-"""`tiermem doctor`: what this host can do and why not the rest, and whether a daemon answers. Changes nothing."""
+"""`tiermem doctor`: what this host can do and why not the rest, and whether a daemon answers. Leaves nothing behind."""
 
 from __future__ import annotations
 
 import socket
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
@@ -12,7 +14,7 @@ from tiermem.cli import output
 from tiermem.cli.flags import config_flags, json_flag
 from tiermem.config import BY_KEY, Config, Setting, load_config, origins, socket_path
 from tiermem.errors import ConfigError
-from tiermem.host import BackingChoice, Capability, Host, Storage
+from tiermem.host import Capability, Host, Storage
 from tiermem.units import format_bytes, format_seconds
 
 _CONNECT_S = 1.0
@@ -34,14 +36,32 @@ def command(directory: str, show_config: bool, as_json: bool, **flags: object) -
     config = load_config(flags)
     facts = host.probe()
     disk = host.storage(directory)
-    backing = facts.choose_backing(config.backing, config.dram)
+    kind, backing = _backing(config)
     daemon = _daemon(config.address)
     if as_json:
-        results = {"facts": asdict(facts), "storage": asdict(disk), "dram_bytes": config.dram,
-                   "backing": asdict(backing), "daemon": {"address": config.address, **asdict(daemon)}}  # fmt: skip
+        results = {
+            "facts": asdict(facts),
+            "storage": asdict(disk),
+            "dram_bytes": config.dram,
+            "backing": {"kind": kind, **asdict(backing)},
+            "daemon": {"address": config.address, **asdict(daemon)},
+        }
         output.emit_json("doctor", results)
     else:
-        _show(facts, disk, config, backing, daemon)
+        _show(facts, disk, config, kind, backing, daemon)
+
+
+def _backing(config: Config) -> tuple[str, Capability]:
+    """The backing that a daemon would get, found by making one and giving it up."""
+    from tiermem.segment import open_backing
+
+    with tempfile.TemporaryDirectory(prefix="tiermem-doctor-") as directory:
+        try:
+            made = open_backing(config.backing, Path(directory, "segments"), config.dram)
+        except ConfigError as problem:
+            return config.backing, Capability(False, str(problem))
+        made.close(keep=False)
+        return made.kind, Capability(True, made.reason)
 
 
 def _daemon(address: str) -> Capability:
@@ -58,7 +78,7 @@ def _daemon(address: str) -> Capability:
     return Capability(True, f"answers at {address}")
 
 
-def _show(facts: Host, disk: Storage, config: Config, backing: BackingChoice, daemon: Capability) -> None:
+def _show(facts: Host, disk: Storage, config: Config, kind: str, backing: Capability, daemon: Capability) -> None:
     ram = facts.memory
     limit = "" if ram.limit_bytes is None else f", limited to {format_bytes(ram.limit_bytes)}"
     output.line(f"{facts.name}, Linux {facts.kernel}")
@@ -71,7 +91,7 @@ def _show(facts: Host, disk: Storage, config: Config, backing: BackingChoice, da
     checks = facts.capabilities() | {f"files ({disk.filesystem})": disk.direct, "daemon": daemon}
     output.table(("can", "", "why"), [(name, _mark(check.available), check.reason) for name, check in checks.items()])
     output.line("")
-    output.table(("segments of", "", "why"), [(backing.backing, _mark(backing.available), backing.reason)])
+    output.table(("segments of", "", "why"), [(kind, _mark(backing.available), backing.reason)])
     excess = " exceeds the memory; lower --dram" if config.dram > ram.usable_bytes else ""
     output.line(f"DRAM tier of {format_bytes(config.dram)}{excess}")
 
