@@ -285,7 +285,7 @@ def _ask(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 def _listen(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        _remove_stale(path)
+        remove_stale(path)
         mask = os.umask(0o177)  # a chmod after bind would leave a moment for others to connect
         try:
             listener.bind(path)
@@ -303,7 +303,7 @@ def _listen(path: str) -> socket.socket:
     return listener
 
 
-def _remove_stale(path: str) -> None:
+def remove_stale(path: str) -> None:
     """Remove a socket at `path` on which nobody listens. Raises Refused for anything else that is there."""
     try:
         if not stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):

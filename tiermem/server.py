@@ -13,6 +13,7 @@ import secrets
 import signal
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
@@ -26,7 +27,7 @@ from tiermem.lease import Session
 from tiermem.pool import Pool
 from tiermem.rpc import messages as m
 from tiermem.rpc.codec import encode_manifest
-from tiermem.rpc.descriptors import DescriptorServer
+from tiermem.rpc.descriptors import DescriptorServer, remove_stale
 from tiermem.rpc.server import create_server
 from tiermem.status import status_of
 from tiermem.units import format_seconds
@@ -109,7 +110,9 @@ class PoolService:
         return m.WaitReply(_bits(record), _grants(record))
 
     async def release(self, request: m.ReleaseRequest, session: Session) -> m.Empty:
-        self.pool.release(self.pool.lease(session, request.lease_id))
+        # A lease that ended already is what the caller wants; refusing it would make a repeated call an error.
+        with suppress(Refused):
+            self.pool.release(self.pool.lease(session, request.lease_id))
         return m.Empty()
 
     async def pin(self, request: m.PinRequest, session: Session) -> m.PinReply:
@@ -152,32 +155,31 @@ async def serve(config: Config, on_ready: Callable[[Pool], None]) -> None:
     os.umask(0o077)
     for directory in (path.parent, config.state):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    locks = [_lock(Path(f"{path}.lock"), config.address), _lock(config.state / "lock", str(config.state))]
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    pool = await loop.run_in_executor(None, Pool, config)
-    service = PoolService(pool)
-    control = create_server(service, service.session_of)
-    descriptors = DescriptorServer(service.connected, service.descriptors, service.disconnected)
-    try:
+    async with AsyncExitStack() as ending:
+        ending.callback(os.close, _lock(Path(f"{path}.lock"), config.address))
+        ending.callback(os.close, _lock(config.state / "lock", str(config.state)))
+        pool = await loop.run_in_executor(None, Pool, config)
+        ending.push_async_callback(loop.run_in_executor, None, pool.close)
+        service = PoolService(pool)
+        control = create_server(service, service.session_of)
+        remove_stale(str(path))  # gRPC itself would unlink whatever is there
         try:
             control.add_insecure_port(f"unix:{path}")
         except RuntimeError as error:
             raise ConfigError(f"cannot listen at {config.address}: {error}; choose another --address") from error
-        await descriptors.start(str(descriptor_path(path)))
+        ending.callback(path.unlink, missing_ok=True)
         await control.start()
+        ending.push_async_callback(control.stop, _STOP_GRACE_S)
+        descriptors = DescriptorServer(service.connected, service.descriptors, service.disconnected)
+        ending.push_async_callback(descriptors.stop)
+        await descriptors.start(str(descriptor_path(path)))
         on_ready(pool)
         await stop.wait()
         _log.info("stopping: %d leases end, segments are %s", len(pool.leases), "kept" if config.keep else "freed")
-    finally:
-        await descriptors.stop()
-        await control.stop(_STOP_GRACE_S)
-        await loop.run_in_executor(None, pool.close)
-        path.unlink(missing_ok=True)
-        for lock in locks:
-            os.close(lock)
 
 
 def _lock(path: Path, what: str) -> int:

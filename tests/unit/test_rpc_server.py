@@ -84,14 +84,12 @@ class FakePool:
 
 
 class Served:
-    """A server on a thread with its own event loop."""
+    """A server on an event loop that runs in another thread."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, loop: asyncio.AbstractEventLoop) -> None:
         self.pool = FakePool()
         self.address = f"unix:{directory}/grpc"
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
+        self._loop = loop
         self._server: Any = None
         self.start()
 
@@ -100,12 +98,6 @@ class Served:
 
     def stop(self) -> None:
         self._run(lambda: self._server.stop(None))
-
-    def close(self) -> None:
-        self.stop()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     async def _start(self) -> None:
         self._server = create_server(self.pool, {TOKEN: "session"}.get)
@@ -119,12 +111,24 @@ class Served:
         asyncio.run_coroutine_threadsafe(call(), self._loop).result(10)
 
 
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One for all tests: gRPC's loops share a completion socket, and each is woken in vain by the others' events."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
 @pytest.fixture
-def served() -> Iterator[Served]:
+def served(loop: asyncio.AbstractEventLoop) -> Iterator[Served]:
     with tempfile.TemporaryDirectory() as directory:
-        served = Served(directory)
+        served = Served(directory, loop)
         yield served
-        served.close()
+        served.stop()
 
 
 @contextmanager
