@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.agent import Agent
-from tiermem.config import descriptor_path, load_config, socket_path
-from tiermem.embedded import path_or_name_of
+from tiermem.config import descriptor_path, socket_path, value_of
 from tiermem.errors import Closed, DaemonUnreachable, TiermemError
 from tiermem.model import Model
+from tiermem.paths import path_or_name_of
 from tiermem.rpc import messages as m
 from tiermem.rpc.channel import Attachment, Channel
 from tiermem.rpc.codec import decode_manifest
@@ -64,7 +64,7 @@ class Client:
     """
 
     def __init__(self, address: str | None = None) -> None:
-        self.address = address or load_config().address
+        self.address = address or str(value_of("address"))
         self._lock = threading.Lock()
         self._leases: dict[str, str] = {}
         self._closed = False
@@ -152,16 +152,14 @@ class Client:
         return self._live().channel.call(method, request)
 
     def _live(self) -> _Session:
+        session = self._session
+        return session if session is not None else self._attach()
+
+    def _attach(self) -> _Session:
+        """The session, connected anew if need be; leases that are held are announced."""
         with self._lock:
             if self._closed:
                 raise Closed(f"the client of {self.address} is closed; connect again")
-            if self._session is not None:
-                return self._session
-        return self._attach()
-
-    def _attach(self) -> _Session:
-        """Connect anew and announce the leases that are held."""
-        with self._lock:
             if self._session is not None:
                 return self._session
             session = _Session(self.address, self._leases)
@@ -249,7 +247,7 @@ _clients_lock = threading.Lock()
 
 def shared_client(address: str | None = None) -> Client:
     """This process's client of a daemon, made at first use; a forked child gets one of its own."""
-    key = (os.getpid(), address or load_config().address)
+    key = (os.getpid(), address or str(value_of("address")))
     with _clients_lock:
         client = _clients.get(key)
         if client is None or client._closed:

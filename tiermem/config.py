@@ -108,6 +108,12 @@ def origins(
     return {option.key: _resolve(option, flags, environ, tables) for option in OPTIONS}
 
 
+def value_of(key: str, environ: Environ = os.environ) -> Any:
+    """The value of one option, without working out the others. Raises ConfigError."""
+    tables = [(str(path), _read_file(path)) for path in _standard_files(environ)]
+    return _resolve(BY_KEY[key], {}, environ, tables).value
+
+
 def socket_path(address: str) -> Path:
     """The path of a `unix:PATH` address. Raises ConfigError for HOST:PORT and for a path no Unix socket can have."""
     scheme, _, path = address.partition(":")
@@ -278,7 +284,8 @@ def _setting(option: Option, raw: object, origin: str) -> Setting:
 def _standard_files(environ: Environ) -> list[Path]:
     home = Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     candidates = (Path("tiermem.toml"), home / "tiermem/config.toml", Path("/etc/tiermem/tiermem.toml"))
-    return [path for path in candidates if path.is_file()]
+    # Not Path.is_file, which raises where a directory may not be entered: HOME may be that of another user.
+    return [path for path in candidates if os.path.isfile(path)]
 
 
 def _read_file(path: Path) -> dict[str, object]:

@@ -6,6 +6,7 @@ A file is a 32-byte BLAKE3 digest of its body, then the body: a torn or foreign 
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from blake3 import blake3
@@ -17,7 +18,7 @@ _DIGEST_BYTES = 32
 
 def write(path: Path, body: bytes) -> None:
     """Replace `path` by `body`, or leave it as it was. Raises OSError (no space, no permission)."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with open(beside, "wb") as out:
             out.write(blake3(body).digest() + body)

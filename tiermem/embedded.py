@@ -19,6 +19,7 @@ from tiermem.config import Config, load_config
 from tiermem.errors import Closed, DeadlineExceeded, Refused
 from tiermem.lease import Lease, Session
 from tiermem.model import Model
+from tiermem.paths import path_or_name_of
 from tiermem.pool import Opened, Pool
 from tiermem.status import residency_of, status_of
 from tiermem.units import format_seconds
@@ -53,10 +54,8 @@ class EmbeddedPool:
         self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None
     ) -> str:
         """Load a whole checkpoint; returns the model's name when it is resident."""
-        record = self._live().load(os.path.abspath(path), name, layers)
-        load = self._pool.loads().get(record.id)
-        if load is not None:
-            load.finished.result()
+        record, loaded = self._live().load(os.path.abspath(path), name, layers)
+        loaded.result()
         return record.name
 
     def pin(self, name: str) -> int:
@@ -133,20 +132,12 @@ class _Holder:
         try:
             future.result(timeout_s)
         except FutureTimeout:
-            if future.done():
-                raise
-            raise DeadlineExceeded(f"{self.name} was not loaded within {format_seconds(timeout_s or 0)}") from None
+            if not future.done():
+                raise DeadlineExceeded(f"{self.name} was not loaded within {format_seconds(timeout_s or 0)}") from None
+            future.result()
 
     def residency(self) -> dict[str, str]:
         return residency_of(self._pool, self._opened.record)
 
     def release(self) -> None:
         self._owner._release(self._opened.lease)
-
-
-def path_or_name_of(path_or_name: str | os.PathLike[str]) -> tuple[str | None, str | None]:
-    """(absolute path, None) for something that exists or looks like a path, else (None, name)."""
-    text = os.fspath(path_or_name)
-    if os.path.exists(text) or os.path.isabs(text) or text.startswith((".", "~")) or text.endswith(".safetensors"):
-        return os.path.abspath(os.path.expanduser(text)), None
-    return None, text

@@ -6,6 +6,7 @@ Owns one mapping of all segments side by side, and through it the lease. Never c
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from tiermem import _native
 from tiermem.dtypes import numpy_dtype
 from tiermem.errors import Closed, Refused, TensorNotFound
-from tiermem.types import Manifest, TensorInfo
+from tiermem.types import CheckpointFile, Manifest, TensorInfo
 
 _MAPPINGS_PER_FETCH = 128
 
@@ -67,6 +68,9 @@ class Model(Mapping[str, npt.NDArray[Any]]):
         except BaseException:
             holder.release()
             raise
+        if not self._memory:
+            # No mapping ends this lease, so the model does.
+            weakref.finalize(self, holder.release).atexit = False
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         """A numpy array over the tensor's bytes. Raises TensorNotFound, and Refused for a dtype that numpy lacks."""
@@ -90,10 +94,7 @@ class Model(Mapping[str, npt.NDArray[Any]]):
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and extent of a tensor, without waiting for it. Raises TensorNotFound."""
-        try:
-            return self.manifest.tensors[self._tensors[name]]
-        except KeyError:
-            raise TensorNotFound(f"{self.name} has no tensor {name!r}; it has {len(self._tensors)} others") from None
+        return self.manifest.tensors[self._number(name)]
 
     def raw(self, name: str) -> memoryview:
         """The tensor's bytes."""
@@ -112,36 +113,56 @@ class Model(Mapping[str, npt.NDArray[Any]]):
         _native.copy(target.ctypes.data, source.ctypes.data, source.nbytes, threads)
 
     def place(self, tensor: TensorInfo) -> tuple[int, memoryview]:
-        """Where a tensor's bytes start in the mapping of the model, and that mapping. Does not wait."""
-        return self._starts[tensor.extent.segment] + tensor.extent.offset, self._memory
+        """Where a tensor's bytes start in the mapping of the model, and that mapping. Does not wait. Raises Closed."""
+        memory = self._memory
+        self._check_open()
+        return self._starts[tensor.extent.segment] + tensor.extent.offset, memory
 
     def wait(self, names: Iterable[str] | None = None, timeout_s: float | None = None) -> None:
         """Return when these tensors (None: the whole model) may be read; they jump the loader's queue.
 
-        Raises what stopped the load (CheckpointChanged, DigestMismatch, ReadError), DeadlineExceeded, or Closed.
+        Raises what stopped the load (CheckpointChanged, DigestMismatch, ReadError), DeadlineExceeded, Closed, or
+        TensorNotFound.
         """
-        if self._closed:
-            raise Closed(f"model {self.name} is closed; open it again")
+        self._check_open()
+        numbers = None if names is None else [self._number(name) for name in names]
         if self._all_ready:
             return
-        if names is None and self._holder.files is None:
+        if numbers is None and self._holder.files is None:
             self._holder.wait(None, timeout_s)
             self._all_ready = True
             return
-        names = self._tensors if names is None else names
-        missing = [i for i in (self._tensors[name] for name in names) if not self._ready[i]]
+        missing = [i for i in (self._tensors.values() if numbers is None else numbers) if not self._ready[i]]
         if missing:
             self._holder.wait(missing, timeout_s)
             self._ready[missing] = True
+
+    @property
+    def files(self) -> tuple[CheckpointFile, ...]:
+        """The files of the checkpoint that were opened."""
+        opened, files = self._holder.files, self.manifest.files
+        return files if opened is None else tuple(files[i] for i in opened)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed(f"model {self.name} is closed; open it again")
+
+    def _number(self, name: str) -> int:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise TensorNotFound(f"{self.name} has no tensor {name!r}; it has {len(self._tensors)} others") from None
 
     def residency(self) -> dict[str, str]:
         """Layer -> name of the tier that holds it now."""
         return self._holder.residency()
 
     def close(self) -> None:
-        """End the lease. Arrays that were taken stay valid; taking further ones raises Closed."""
+        """End the lease. Arrays that were taken stay valid, and without any the memory is unmapped; taking further ones
+        raises Closed."""
         if not self._closed:
             self._closed = True
+            self._memory = memoryview(b"")
             self._holder.release()
 
     def __enter__(self) -> Model:

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tiermem.config import load_config, socket_path
+from tiermem.client import shared_client
+from tiermem.config import socket_path, value_of
 from tiermem.errors import ConfigError, DaemonUnreachable
 
 if TYPE_CHECKING:
@@ -33,22 +34,21 @@ def open_model(
     Raises CheckpointNotFound, ModelNotFound, CheckpointError, CapacityError; DaemonUnreachable only for an `address`
     that was given.
     """
-    if address is not None or _has_socket():
-        from tiermem.client import shared_client
-
+    where = address or str(value_of("address"))
+    if address is not None or _has_socket(where):
         try:
-            return shared_client(address).open(path_or_name, writable=writable, layers=layers)
+            return shared_client(where).open(path_or_name, writable=writable, layers=layers)
         except DaemonUnreachable:
             if address is not None:
                 raise
     return _own_pool().open(path_or_name, writable=writable, layers=layers)
 
 
-def _has_socket() -> bool:
+def _has_socket(address: str) -> bool:
     try:
-        return socket_path(load_config().address).exists()
-    except ConfigError:
-        return True
+        return socket_path(address).exists()
+    except (ConfigError, OSError):
+        return True  # the client says what is wrong with it
 
 
 def _own_pool() -> EmbeddedPool:

@@ -51,7 +51,7 @@ class KnownPaths:
 def _facts(paths: tuple[str, ...]) -> _Facts | None:
     try:
         found = [os.stat(path) for path in paths]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: NUL
         return None
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found)
 
@@ -59,6 +59,15 @@ def _facts(paths: tuple[str, ...]) -> _Facts | None:
 def default_name(manifest: Manifest) -> str:
     """A model's name unless told otherwise: its directory's, or for a file of another name than `model` the file's."""
     path = Path(os.path.abspath(manifest.path))
-    if path.is_dir() or path.stem in ("model", "pytorch_model"):
+    name = path.name.removesuffix(".index.json").removesuffix(".safetensors")
+    if path.is_dir() or name == "model":
         return (path if path.is_dir() else path.parent).name or "model"
-    return path.stem
+    return name
+
+
+def path_or_name_of(path_or_name: str | os.PathLike[str]) -> tuple[str | None, str | None]:
+    """(absolute path, None) for something that exists or looks like a path, else (None, name)."""
+    text = os.fspath(path_or_name)
+    if os.path.exists(text) or os.path.isabs(text) or text.startswith((".", "~")) or text.endswith(".safetensors"):
+        return os.path.abspath(os.path.expanduser(text)), None
+    return None, text
