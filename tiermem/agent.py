@@ -27,6 +27,13 @@ class Agent:
         """Have `order` carried out; what it raises is logged."""
         self._orders.put(order)
 
+    def settle(self, timeout_s: float = 1.0) -> None:
+        """Return when what was submitted before is done, or after `timeout_s`: an order may wait for a dead daemon."""
+        done = threading.Event()
+        self._orders.put(done.set)
+        if self._thread.is_alive():
+            done.wait(timeout_s)
+
     def close(self) -> None:
         """Carry out what was submitted before, then end."""
         self._orders.put(None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tiermem.errors import ModelNotFound, Refused
+from tiermem.errors import ModelNotFound, ProtocolError, Refused
 from tiermem.tier import DISK, DRAM
 from tiermem.types import LOADING, Manifest
 
@@ -62,6 +62,13 @@ class ModelRecord:
         """Page numbers of a segment."""
         return slice(self.first_page[segment], self.first_page[segment + 1])
 
+    def segments_of(self, tensors: Sequence[int]) -> list[int]:
+        """Segment of each of these tensors. Raises ProtocolError for a number that is no tensor's."""
+        for i in tensors:
+            if not 0 <= i < len(self.manifest.tensors):
+                raise ProtocolError(f"{self.name} has {len(self.manifest.tensors)} tensors, none is number {i}")
+        return [self.manifest.tensors[i].extent.segment for i in tensors]
+
     def new_key(self, segment: int) -> str:
         """A file name for a segment that no earlier one of this model had."""
         self.generation += 1
@@ -110,6 +117,8 @@ class ModelRecord:
             end = 0
             for number in self.tensors_of[i]:
                 extent = self.manifest.tensors[number].extent
+                if extent.length == 0:  # an empty tensor lies nowhere
+                    continue
                 assert extent.offset >= end, f"{where}: tensors overlap at {extent.offset}"
                 end = extent.offset + extent.length
             assert end <= segment.page_bytes, f"{where}: tensors end at {end}"
@@ -121,7 +130,7 @@ class Catalog:
     def __init__(self) -> None:
         self._by_id: dict[str, ModelRecord] = {}
         self._by_name: dict[str, ModelRecord] = {}
-        self._by_file: dict[FileIdentity, tuple[ModelRecord, int]] = {}
+        self._by_file: dict[FileIdentity, dict[ModelRecord, int]] = {}
 
     def __iter__(self) -> Iterator[ModelRecord]:
         return iter(self._by_id.values())
@@ -138,13 +147,15 @@ class Catalog:
         self._by_id[record.id] = record
         self._by_name[record.name] = record
         for i, file in enumerate(file_identities(record.manifest)):
-            self._by_file.setdefault(file, (record, i))
+            self._by_file.setdefault(file, {})[record] = i
 
     def remove(self, record: ModelRecord) -> None:
         del self._by_id[record.id]
         del self._by_name[record.name]
         for file in file_identities(record.manifest):
-            if self._by_file.get(file, (None, 0))[0] is record:
+            holders = self._by_file[file]
+            del holders[record]
+            if not holders:
                 del self._by_file[file]
 
     def named(self, name: str) -> ModelRecord:
@@ -166,12 +177,11 @@ class Catalog:
         whole = self._by_id.get(manifest.identity)
         if whole is not None:
             return whole, None
-        places = [self._by_file.get(file) for file in file_identities(manifest)]
-        records = {id(place[0]) if place else None for place in places}
-        if not places or None in records or len(records) != 1:
-            return None
-        found = [place for place in places if place]
-        return found[0][0], tuple(index for _, index in found)
+        holders = [self._by_file.get(file, {}) for file in file_identities(manifest)]
+        for record in holders[0]:
+            if all(record in others for others in holders):
+                return record, tuple(others[record] for others in holders)
+        return None
 
     def free_name(self, wanted: str, identity: str) -> str:
         """`wanted`, or where another model has it `wanted@` and the first digits of the identity."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,22 @@ class CatalogFiles:
         self._writing = threading.Lock()
         os.makedirs(directory, mode=0o700, exist_ok=True)
 
-    def sync(self, record: ModelRecord, known: bool) -> None:
-        """Keep what is resident of a model now, or, if it is not `known` any more, forget it.
+    def sync(self, model_id: str, current: Callable[[], ModelRecord | None]) -> None:
+        """Keep what is resident of the `current` model of that identity, or forget it where there is none.
 
         A directory that is full costs the next daemon this model, not this one its service.
         """
         with self._writing:
+            self.error = ""
             try:
-                if known:
+                record = current()
+                if record is not None:
                     self._put(record)
-                else:
-                    self.remove(record.id)
-                self.error = ""
-            except OSError as error:
-                self.error = f"{self.directory}: {error.strerror}; a restart would not find {record.name}"
-                _log.error("catalog not kept: %s", self.error)
+                # Asked again: it may have been removed while it was written.
+                if current() is None:
+                    self.remove(model_id)
+            except (OSError, ValueError) as error:  # ValueError: a path that is no text
+                self._complain(error, f"a restart would not find {record.name if record else model_id}")
 
     def _put(self, record: ModelRecord) -> None:
         held = [key if key is not None and record.resident(i) else None for i, key in enumerate(record.keys)]
@@ -65,16 +66,29 @@ class CatalogFiles:
         durable.write(self.directory / record.id, msgpack.packb(body))
 
     def remove(self, model_id: str) -> None:
-        (self.directory / model_id).unlink(missing_ok=True)
+        """Forget a model, as far as the directory can be written."""
+        try:
+            (self.directory / model_id).unlink(missing_ok=True)
+        except OSError as error:
+            self._complain(error, f"a restart would find {model_id} again, without its bytes")
+
+    def _complain(self, error: OSError | ValueError, consequence: str) -> None:
+        self.error = f"{self.directory}: {getattr(error, 'strerror', None) or error}; {consequence}"
+        _log.error("catalog not kept: %s", self.error)
 
     def __iter__(self) -> Iterator[tuple[ModelRecord, list[str | None]]]:
         """Every model on file with the segment keys that it had; files that are damaged are removed with a warning."""
         for path in sorted(self.directory.iterdir()):
+            if path.is_dir():
+                continue
             if path.name.startswith("."):
                 path.unlink()
                 continue
             try:
-                yield _decode(durable.read(path))
+                record, keys = _decode(durable.read(path))
+                if record.id != path.name:
+                    raise ReadError(f"{path} is not the file of {record.name}, which is {record.id}")
+                yield record, keys
             except (ReadError, ProtocolError, ValueError, KeyError, TypeError, OSError) as error:
                 _log.warning("catalog file dropped, its model must be loaded again: %s", error)
                 path.unlink(missing_ok=True)

@@ -86,7 +86,7 @@ class Client:
         """
         path, name = path_or_name_of(path_or_name)
         session = self._live()
-        reply = session.channel.call("Open", m.OpenRequest(path, name, dict(layers) if layers else None))
+        reply = self._call("Open", m.OpenRequest(path, name, dict(layers) if layers else None), session)
         with self._lock:
             self._leases[reply.lease_id] = reply.model_id
         return Model(_Holder(self, session, reply, self._manifest(reply)), writable)
@@ -118,10 +118,12 @@ class Client:
 
     def evict(self, name: str) -> int:
         """Take a model out of memory; returns bytes freed. Raises Refused while it is leased or pinned."""
+        self._agent.settle()  # what this process closed just now does not stand in the way
         return int(self._call("Evict", m.EvictRequest(name)).evicted_bytes)
 
     def remove(self, name: str) -> int:
         """Forget a model; returns bytes freed. Raises Refused while it is leased or pinned."""
+        self._agent.settle()  # what this process closed just now does not stand in the way
         return int(self._call("Remove", m.RemoveRequest(name)).freed_bytes)
 
     def status(self, name: str | None = None) -> dict[str, Any]:
@@ -148,8 +150,16 @@ class Client:
 
     # --- the connection ------------------------------------------------------------------------------------------
 
-    def _call(self, method: str, request: object) -> Any:
-        return self._live().channel.call(method, request)
+    def _call(self, method: str, request: object, session: _Session | None = None) -> Any:
+        try:
+            return (session or self._live()).channel.call(method, request)
+        except Closed:
+            if self._closed:
+                raise
+            # The agent was faster to learn that the daemon went, and closed the channel under this call.
+            raise DaemonUnreachable(
+                f"the daemon at {self.address} went away during {method}; start it with: tiermem serve"
+            ) from None
 
     def _live(self) -> _Session:
         session = self._session

@@ -68,10 +68,12 @@ class EmbeddedPool:
 
     def evict(self, name: str) -> int:
         """Take a model out of memory; returns bytes freed. Raises Refused while it is leased or pinned."""
+        self._agent.settle()  # what this process closed just now does not stand in the way
         return self._live().evict(name)
 
     def remove(self, name: str) -> int:
         """Forget a model; returns bytes freed. Raises Refused while it is leased or pinned."""
+        self._agent.settle()  # what this process closed just now does not stand in the way
         return self._live().remove(name)
 
     def status(self, name: str | None = None) -> dict[str, Any]:

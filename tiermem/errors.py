@@ -6,6 +6,7 @@ exit code that the command line ends with.
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
 
@@ -128,6 +129,12 @@ class Closed(TiermemError, ValueError):
     """A model, pool or client was used after it was closed."""
 
     code = "closed"
+
+
+def own(error: Exception) -> Exception:
+    """The same error as an object of its own, for one of several who are told of it: an error keeps the frames through
+    which it was raised, and with them the models that they hold."""
+    return copy.copy(error).with_traceback(error.__traceback__)
 
 
 def _walk(root: type[TiermemError]) -> list[type[TiermemError]]:

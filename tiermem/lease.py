@@ -12,21 +12,23 @@ from tiermem.errors import Refused
 
 @dataclass(slots=True)
 class Session:
-    """One connected client. All its leases end with it."""
+    """One connected client. All its leases end with it, and once it has `ended` it gets no more."""
 
     pid: int
     uid: int
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     since_s: float = field(default_factory=time.time)
+    ended: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Lease:
-    """A session's right to read a model in place."""
+    """A session's right to read a model in place. `error` ended the load of the segments that it is for."""
 
     id: str
     model_id: str
     session: Session
+    error: Exception | None = None
 
 
 class LeaseTable:
@@ -59,6 +61,12 @@ class LeaseTable:
         """End a lease; ending it twice is harmless, since a client and its connection may both do so."""
         if self._leases.pop(lease.id, None) is not None:
             self._per_model[lease.model_id] -= 1
+
+    def fail(self, model_id: str, error: Exception) -> None:
+        """The segments that the holders of these leases mapped are given up; a later load makes others."""
+        for lease in self._leases.values():
+            if lease.model_id == model_id:
+                lease.error = error
 
     def of_session(self, session: Session) -> list[Lease]:
         return [lease for lease in self._leases.values() if lease.session is session]

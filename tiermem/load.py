@@ -18,9 +18,9 @@ from blake3 import blake3
 
 from tiermem import _native
 from tiermem.catalog import ModelRecord
-from tiermem.errors import CapacityError, DigestMismatch, NativeError
+from tiermem.errors import CapacityError, DigestMismatch, NativeError, TiermemError, own
 from tiermem.source.file import FileSource
-from tiermem.types import PAGE_BYTES, Manifest
+from tiermem.types import PAGE_BYTES, Manifest, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,15 @@ def plan_reads(manifest: Manifest, segments: Iterable[int], block_bytes: int) ->
 def plan_checks(record: ModelRecord, segments: Iterable[int]) -> list[Task]:
     """Checks of every tensor of `segments`, whose bytes are in memory already."""
     return [Task((tensor,)) for segment in segments for tensor in record.tensors_of[segment]]
+
+
+def readiness(load: Load | None, tensors: Iterable[int] | None) -> Future[None]:
+    """When these tensors (None: all) of a model may be read: now, where no load of it is under way. Holds the lock."""
+    if load is not None:
+        return load.when_ready(tensors)
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
 
 
 class Load:
@@ -170,12 +179,16 @@ class Load:
         waiting, self._waiting = self._waiting, []
         for future in (*(future for _, future in waiting), self.finished):
             if future.set_running_or_notify_cancel():
-                future.set_exception(error) if error else future.set_result(None)
+                future.set_exception(own(error)) if error else future.set_result(None)
 
-    def check_source(self) -> None:
-        """Raise CheckpointChanged where the files changed since the load began."""
-        if self._source is not None:
-            self._source.check()
+    def outcome(self) -> Exception | None:
+        """What stopped the load, or the change of its files that was found at its end."""
+        if self.error is None:
+            try:
+                self._check_source()
+            except TiermemError as changed:
+                return changed
+        return self.error
 
     def perform(self, task: Task, staging: _native.Staging) -> None:
         """Carry out a task: prefault, read, and for each tensor that is now whole digest and publish."""
@@ -202,17 +215,26 @@ class Load:
             ranges[extent.segment] = (min(low, first), max(high, last))
         for segment, (first, last) in ranges.items():
             nbytes = -(-(last - first) // PAGE_BYTES) * PAGE_BYTES
-            if self._stock is not None:
-                self._stock.take(nbytes)
-            try:
-                self.segments[segment].prefault(first, nbytes, 1)
-            except NativeError as error:
-                raise CapacityError(
-                    f"{self.record.name}: {nbytes} bytes of memory for {self.record.manifest.segments[segment].layer} "
-                    f"could not be had: {error}; free memory on the host or lower --dram"
-                ) from error
+            self._populate(segment, first, nbytes)
         with self._lock:
             self.figures.prefault_thread_s += time.monotonic() - begin
+
+    def _populate(self, segment: int, first: int, nbytes: int) -> None:
+        """Prefault pages of a segment, with memory that the stock gives back as far as it has any."""
+        if self._stock is not None:
+            self._stock.take(nbytes)
+        while True:
+            try:
+                self.segments[segment].prefault(first, nbytes, 1)
+                return
+            except NativeError as error:
+                # A step of the stock's filling that began before this load may have taken the room.
+                if self._stock is None or not self._stock.take(nbytes):
+                    layer = self.record.manifest.segments[segment].layer
+                    raise CapacityError(
+                        f"{self.record.name}: {nbytes} bytes of memory for {layer} could not be had: {error}; free "
+                        "memory on the host or lower --dram"
+                    ) from error
 
     def _read(self, task: Task, staging: _native.Staging) -> None:
         assert self._source is not None
@@ -234,14 +256,10 @@ class Load:
         extent = info.extent
         with self.segments[extent.segment].buffer() as memory:
             digest = blake3(memory[extent.offset : extent.offset + extent.length]).digest()
-        self.check_source()
+        self._check_source()
         known = self.record.digests[tensor]
         if known is not None and known != digest:
-            raise DigestMismatch(
-                f"{self.record.name}: tensor {info.name!r} has digest {digest.hex()[:16]}, {known.hex()[:16]} is on "
-                f"record for {self.record.manifest.files[info.file].path}; it was damaged, or changed without a new "
-                "modification time: restore the file, or touch it if the change is meant"
-            )
+            raise self._mismatch(info, digest, known)
         segment_complete = False
         with self._lock:
             self.record.digests[tensor] = digest
@@ -260,3 +278,21 @@ class Load:
         for future in told:
             if future.set_running_or_notify_cancel():
                 future.set_result(None)
+
+    def _check_source(self) -> None:
+        """Raise CheckpointChanged where the files changed since the load began."""
+        if self._source is not None:
+            self._source.check()
+
+    def _mismatch(self, info: TensorInfo, digest: bytes, known: bytes) -> DigestMismatch:
+        path = self.record.manifest.files[info.file].path
+        advice = (
+            "the memory that an earlier daemon left is damaged and is given up: open the model again to have it read"
+            if self.is_check
+            else "it was damaged, or changed without a new modification time: restore the file, or touch it if the "
+            "change is meant"
+        )
+        return DigestMismatch(
+            f"{self.record.name}: tensor {info.name!r} has digest {digest.hex()[:16]}, {known.hex()[:16]} is on record "
+            f"for {path}; {advice}"
+        )

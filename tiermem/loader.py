@@ -21,8 +21,8 @@ class Loader:
 
     def __init__(self, threads: int, staging_bytes: int, lock: threading.RLock, on_end: Callable[[Load], None]) -> None:
         self.staging_bytes = 0
-        self._per_thread = min(_BLOCK_BYTES_MOST + 2 * 4096, staging_bytes // threads)
-        self.block_bytes = (self._per_thread - 2 * 4096) // 4096 * 4096
+        self._per_thread = min(_BLOCK_BYTES_MOST + 2 * 4096, staging_bytes // threads // 4096 * 4096)
+        self.block_bytes = self._per_thread - 2 * 4096
         self._count = threads
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition(lock)
@@ -36,18 +36,22 @@ class Loader:
         return tuple(self._loads)
 
     def start(self) -> None:
-        """Start the threads that do not run yet; a load does so too."""
+        """Start the threads that do not run yet. Raises NativeError where there is no memory to stage reads in."""
         with self._changed:
-            while len(self._threads) < self._count:
-                thread = threading.Thread(target=self._run, name=f"tiermem-load-{len(self._threads)}", daemon=True)
+            while len(self._threads) < self._count and not self._closed:
+                staging = _native.Staging(self._per_thread)
+                self.staging_bytes += staging.nbytes
+                name = f"tiermem-load-{len(self._threads)}"
+                thread = threading.Thread(target=self._run, args=(staging,), name=name, daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
     def add(self, load: Load) -> None:
-        """Begin a load."""
-        self.start()
+        """Begin a load, once the threads were started; after `close` it fails."""
         with self._changed:
             self._loads.append(load)
+            if self._closed:
+                load.fail(_closed(load))
             self._changed.notify_all()
         self.settle(load)
 
@@ -68,7 +72,7 @@ class Loader:
             thread.join()
         for load in self.loads:
             with self._changed:
-                load.fail(Closed(f"the pool closed while {load.record.name} was loading"))
+                load.fail(_closed(load))
             self.settle(load)
 
     def _take(self) -> tuple[Load, Task] | None:
@@ -81,10 +85,7 @@ class Loader:
                 self._changed.wait()
             return None
 
-    def _run(self) -> None:
-        staging = _native.Staging(self._per_thread)
-        with self._changed:
-            self.staging_bytes += staging.nbytes
+    def _run(self, staging: _native.Staging) -> None:
         try:
             while (taken := self._take()) is not None:
                 load, task = taken
@@ -99,3 +100,7 @@ class Loader:
                 self.settle(load)
         finally:
             staging.close()
+
+
+def _closed(load: Load) -> Closed:
+    return Closed(f"the pool closed while {load.record.name} was loading")

@@ -36,7 +36,7 @@ class Migrator:
             return 0
         begin = time.monotonic()
         try:
-            plan = self.policy.plan(view)
+            plan = [_move(move) for move in self.policy.plan(view)]
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             _log.exception("policy %s raised; nothing is moved until another is set", type(self.policy).__name__)
@@ -57,6 +57,12 @@ class Migrator:
                 _log.info("move refused: %s (%s)", error, move)
         self.evicted_bytes += freed
         return freed
+
+
+def _move(move: object) -> Move:
+    if not isinstance(move, Move):
+        raise TypeError(f"plan(view) must give moves, not {move!r}")
+    return move
 
 
 def _whole_segment(move: Move, places: Mapping[int, Place]) -> Place:

@@ -19,9 +19,9 @@ from tiermem.catalog_files import CatalogFiles
 from tiermem.config import Config
 from tiermem.digests import DigestRecords
 from tiermem.dram import Dram
-from tiermem.errors import CapacityError, Closed, ModelNotFound, Refused, TiermemError
+from tiermem.errors import CapacityError, Closed, ModelNotFound, Refused, TiermemError, own
 from tiermem.lease import Lease, LeaseTable, Session
-from tiermem.load import Figures, Load, plan_checks, plan_reads
+from tiermem.load import Figures, Load, plan_checks, plan_reads, readiness
 from tiermem.loader import Loader
 from tiermem.migrator import Migrator
 from tiermem.paths import KnownPaths, default_name
@@ -52,6 +52,7 @@ class Pool:
         self.config = config
         self.started_s = time.time()
         capacity = config.dram // PAGE_BYTES * PAGE_BYTES
+        self.migrator = Migrator(load_policy(config.policy), self._evict)
         backing = open_backing(config.backing, None if embedded else config.state / "segments", capacity)
         self.dram = Dram(backing, Tier(DRAM, "dram", capacity))
         self.tiers = (self.dram.tier, Tier(DISK, "disk", None))
@@ -59,14 +60,13 @@ class Pool:
         self.leases = LeaseTable()
         self.quarantined = 0
         self.figures: dict[str, Figures] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # guards catalog, leases and tiers; for readers that need them to agree
         self._closed = False
         self._paths = KnownPaths()
         self._digests = DigestRecords(config.digests)
-        self._failures: dict[str, Exception] = {}
         self._loads: dict[str, Load] = {}
-        self.migrator = Migrator(load_policy(config.policy), self._evict)
-        self.loader = Loader(config.read_threads, config.staging, self._lock, self._end)
+        self._load_ended = threading.Condition(self.lock)
+        self.loader = Loader(config.read_threads, config.staging, self.lock, self._end)
         if not embedded:
             self.loader.start()
         self.files = None if embedded else CatalogFiles(config.state / "catalog")
@@ -79,17 +79,19 @@ class Pool:
 
     # --- loading ------------------------------------------------------------------------------------------------
 
-    def load(self, path: str, name: str | None = None, layers: Mapping[str, str] | None = None) -> ModelRecord:
-        """Begin to load the checkpoint at `path`, or find that it is resident or on its way; returns at once.
+    def load(
+        self, path: str, name: str | None = None, layers: Mapping[str, str] | None = None
+    ) -> tuple[ModelRecord, Future[None]]:
+        """Begin to load the checkpoint at `path`, or find it; the future ends once it is there, or with an error.
 
         Raises CheckpointNotFound, CheckpointError, CapacityError, or Refused where `name` is another model's.
         """
         manifest = self._paths.manifest(path, layers)
-        with self._lock:
+        with self.lock:
             record, _ = self._record(manifest, name)
-            self._ensure(record)
+            future = readiness(self._ensure(record), None)
         self._begin(record)
-        return record
+        return record, future
 
     def open(
         self,
@@ -101,11 +103,14 @@ class Pool:
         """Lease a model, by path or by name, and begin to load what is missing of it. Raises as `load` does,
         and ModelNotFound for an unknown name."""
         manifest = None if path is None else self._paths.manifest(path, layers)
-        with self._lock:
-            if manifest is not None:
-                record, files = self._record(manifest, name)
-            else:
-                record, files = self.catalog.named(name or ""), None
+        with self.lock:
+            if session.ended:
+                raise Refused(f"process {session.pid} left while it opened a model")
+            record, files = self._find(manifest, name)
+            while (load := self._loads.get(record.id)) is not None and load.error is not None:
+                # It is being given up; who opens now gets the load after it.
+                self._load_ended.wait()
+                record, files = self._find(manifest, name)
             lease = self.leases.grant(record.id, session)
             try:
                 self._ensure(record)
@@ -120,24 +125,19 @@ class Pool:
 
     def when_ready(self, lease: Lease, tensors: Iterable[int] | None) -> Future[None]:
         """A future that ends when these tensors may be read, or with the load's error; None: the whole model."""
-        with self._lock:
+        with self.lock:
             record = self.record(lease)
             wanted = None if tensors is None else list(tensors)
             if wanted is not None:
-                record.last_used_s[[record.manifest.tensors[i].extent.segment for i in wanted]] = time.monotonic()
-            load = self._ensure(record)
-            future: Future[None]
-            if load is None:
-                future = Future()
-                future.set_result(None)
-            else:
-                future = load.when_ready(wanted)
+                record.last_used_s[record.segments_of(wanted)] = time.monotonic()
+            future = readiness(self._ensure(record), wanted)
         self._begin(record)
         return future
 
+    def _find(self, manifest: Manifest | None, name: str | None) -> tuple[ModelRecord, tuple[int, ...] | None]:
+        return (self.catalog.named(name or ""), None) if manifest is None else self._record(manifest, name)
+
     def _record(self, manifest: Manifest, name: str | None) -> tuple[ModelRecord, tuple[int, ...] | None]:
-        if self._closed:
-            raise Closed("the pool is closed")
         found = self.catalog.find(manifest)
         if found is not None:
             if name is not None and found[0].name != name:
@@ -158,11 +158,17 @@ class Pool:
 
     def _ensure(self, record: ModelRecord) -> Load | None:
         """The load in progress of a model, made if segments are missing. Holds the lock; `_begin` must follow."""
-        load = self._loads.get(record.id)
-        missing = record.missing()
-        if load is not None or not missing:
+        # The check of a model that was adopted in part brings nothing of the rest.
+        while (load := self._loads.get(record.id)) is not None and load.is_check and record.missing():
+            self._load_ended.wait()
+        if self.catalog.by_id(record.id) is not record:
+            raise ModelNotFound(f"{record.name} was removed meanwhile; load it again")
+        if load is not None or not (missing := record.missing()):
             return load
         try:
+            if self._closed:
+                raise Closed("the pool is closed")
+            self.loader.start()
             self._make_room(sum(record.manifest.segments[i].page_bytes for i in missing), record)
             segments = self.dram.create(record, missing)
         except TiermemError:
@@ -170,12 +176,12 @@ class Pool:
             raise
         tasks = plan_reads(record.manifest, missing, self.loader.block_bytes)
         source = FileSource(record.manifest.files)
-        load = Load(record, segments, tasks, source, self.spare.stock, self._lock, self._complete)
+        load = Load(record, segments, tasks, source, self.spare.stock, self.lock, self._complete)
         self._loads[record.id] = load
         return load
 
     def _begin(self, record: ModelRecord) -> None:
-        with self._lock:
+        with self.lock:
             load = self._loads.get(record.id)
             if load is None or load.begun:
                 return
@@ -185,13 +191,13 @@ class Pool:
     def _make_room(self, nbytes: int, record: ModelRecord) -> None:
         dram = self.dram.tier
         lacks = dram.lacks(nbytes)
-        if not lacks:
-            return
-        if nbytes <= (dram.capacity_bytes or 0) and time.monotonic() >= self._grace_until_s:
+        if lacks and time.monotonic() >= self._grace_until_s:
             others = (r for r in self.catalog if r is not record)
             leased = self.leases.holders
             view, places = view_of(others, lambda r: leased(r.id) > 0, self.tiers, {DRAM: lacks}, time.monotonic())
-            self.migrator.relieve(view, places)
+            # Nothing is evicted for a load that cannot fit even then.
+            if sum(run.nbytes for run in view.segments(DRAM)) >= lacks:
+                self.migrator.relieve(view, places)
         if dram.lacks(nbytes):
             waiting = self._grace_until_s - time.monotonic()
             grace = f"; nothing is evicted for another {format_seconds(waiting)} after a restart" if waiting > 0 else ""
@@ -203,64 +209,62 @@ class Pool:
 
     def _complete(self, load: Load, segment: int) -> None:
         load.segments[segment].seal()
-        with self._lock:
+        with self.lock:
             load.record.complete(segment)
 
     def _end(self, load: Load) -> None:
         """The last task of a load has ended: keep all of it, or nothing."""
-        record, error = load.record, load.error
-        if error is None:
-            try:
-                load.check_source()
-            except TiermemError as changed:
-                error = changed
-        with self._lock:
+        record, error = load.record, load.outcome()
+        with self.lock:
             del self._loads[record.id]
+            self._load_ended.notify_all()
             if error is not None:
                 for i in load.segments:
                     self.dram.drop(record, i)
-                self._failures[record.id] = error
+                self.leases.fail(record.id, error)
                 self.quarantined += load.is_check
                 self._forget_unloaded(record)
             else:
                 record.loaded = True
-                self._failures.pop(record.id, None)
+                self.figures[record.id] = load.figures
         if error is None and not load.is_check:
             self._digests.put(record.id, [digest or b"" for digest in record.digests])
         self._persist(record)
         self.spare.refill()
         load.end(error)
-        self.figures[record.id] = load.figures
 
     # --- leases ---------------------------------------------------------------------------------------------------
 
     def record(self, lease: Lease) -> ModelRecord:
-        """The leased model. Raises the error of its load where that failed and nothing is left of the model."""
-        with self._lock:
+        """The leased model. Raises the error of the load that the lease is for, even if a later one succeeded."""
+        with self.lock:
+            if lease.error is not None:
+                raise own(lease.error)
             record = self.catalog.by_id(lease.model_id)
             if record is None:
-                raise self._failures.get(lease.model_id) or ModelNotFound("the model was removed; load it again")
+                raise ModelNotFound("the model was removed; load it again")
             return record
 
     def share(self, lease: Lease, segments: Iterable[int]) -> list[int]:
         """New read-only descriptors of the model's segments, for the caller to send and close."""
-        with self._lock:
+        with self.lock:
             return self.dram.share(self.record(lease), segments)
 
     def release(self, lease: Lease) -> None:
         """End a lease."""
-        with self._lock:
+        with self.lock:
             self.leases.release(lease)
 
     def end_session(self, session: Session) -> None:
         """A client went: all its leases end."""
-        with self._lock:
+        with self.lock:
+            session.ended = True
             for lease in self.leases.of_session(session):
                 self.leases.release(lease)
 
     def announce(self, session: Session, lease_id: str, model_id: str) -> bool:
         """Take over a lease that a client held from an earlier daemon; False where the model was not adopted."""
-        with self._lock:
+        with self.lock:
             record = self.catalog.by_id(model_id)
             if record is None or record.missing():
                 return False
@@ -269,7 +273,7 @@ class Pool:
 
     def lease(self, session: Session, lease_id: str) -> Lease:
         """The session's lease of that id. Raises Refused."""
-        with self._lock:
+        with self.lock:
             return self.leases.get(lease_id, session)
 
     # --- what users ask for ------------------------------------------------------------------------------------
@@ -282,7 +286,7 @@ class Pool:
         return self._add_pin(name, -1)
 
     def _add_pin(self, name: str, by: int) -> int:
-        with self._lock:
+        with self.lock:
             record = self.catalog.named(name)
             if record.pins + by < 0:
                 raise Refused(f"{name} is not pinned")
@@ -292,7 +296,7 @@ class Pool:
 
     def evict(self, name: str) -> int:
         """Take a model out of memory; it stays known, and an open brings it back. Returns bytes freed."""
-        with self._lock:
+        with self.lock:
             record = self.catalog.named(name)
             freed = sum(self._evict((record, i)) for i, key in enumerate(record.keys) if key is not None)
         self._persist(record)
@@ -301,44 +305,31 @@ class Pool:
 
     def remove(self, name: str) -> int:
         """Forget a model and free its memory. A load in progress is given up. Returns bytes freed."""
-        with self._lock:
+        with self.lock:
             record = self.catalog.named(name)
-            self._refuse_if_held(record)
-            load = self._loads.get(record.id)
             freed = record.resident_bytes()
-            if load is None:
-                self._forget(record)
-            else:
-                load.fail(Refused(f"{name} was unloaded while it was loading"))
-        if load is not None:
+        # Each time around another load may have begun, or a lease that was granted meanwhile forbids it.
+        while (load := self._give_up(record)) is not None:
             self.loader.settle(load)
             load.finished.exception()
-            with self._lock:
-                if self.catalog.by_id(record.id) is record:
-                    self._forget(record)
         self.spare.refill()
         return freed
 
     def loads(self) -> dict[str, Load]:
         """Loads in progress by model id."""
-        with self._lock:
+        with self.lock:
             return dict(self._loads)
-
-    @property
-    def lock(self) -> threading.RLock:
-        """Guards catalog, leases and tiers; for readers that need them to agree."""
-        return self._lock
 
     def check(self) -> None:
         """Every structure agrees with every other."""
-        with self._lock:
+        with self.lock:
             self.catalog.check()
             self.leases.check()
             self.dram.check(self.catalog)
 
     def close(self) -> None:
         """End everything. Segments stay for the next daemon where the configuration says `keep`."""
-        with self._lock:
+        with self.lock:
             if self._closed:
                 return
             self._closed = True
@@ -358,6 +349,19 @@ class Pool:
             raise Refused(f"{record.name} is leased by process {pids}; close it there first")
         if record.pins:
             raise Refused(f"{record.name} is pinned {record.pins} times; unpin it first")
+
+    def _give_up(self, record: ModelRecord) -> Load | None:
+        """Forget a model, or stop the load of it that has to end before; returns that load."""
+        with self.lock:
+            if self.catalog.by_id(record.id) is not record:
+                return None
+            self._refuse_if_held(record)
+            load = self._loads.get(record.id)
+            if load is None:
+                self._forget(record)
+            else:
+                load.fail(Refused(f"{record.name} was unloaded while it was loading"))
+            return load
 
     def _evict(self, place: Place) -> int:
         record, segment = place
@@ -382,17 +386,18 @@ class Pool:
 
     def _persist(self, record: ModelRecord) -> None:
         if self.files is not None:
-            self.files.sync(record, known=self.catalog.by_id(record.id) is record)
+            self.files.sync(record.id, lambda: self.catalog.by_id(record.id))
 
     def _adopt(self, files: CatalogFiles) -> None:
         for record, segments in adopt(files, self.dram.backing, self.dram.tier):
+            record.name = self.catalog.free_name(record.name, record.id)
             self.catalog.add(record)
             tasks = plan_checks(record, segments)
             self.dram.take_over(record, segments)
             if segments:
-                self._loads[record.id] = Load(record, segments, tasks, None, None, self._lock, self._complete)
+                self._loads[record.id] = Load(record, segments, tasks, None, None, self.lock, self._complete)
                 self._grace_until_s = time.monotonic() + self.config.grace
 
     def _spare_room(self) -> int:
-        with self._lock:
+        with self.lock:
             return 0 if self._loads else self.dram.tier.free_bytes or 0

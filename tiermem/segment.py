@@ -12,14 +12,17 @@ Owns one directory (or none: anonymous memory). Never decides which bytes go int
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from tiermem import _native
 from tiermem.errors import CapacityError, ConfigError, NativeError, Refused
-from tiermem.types import PAGE_BYTES
+from tiermem.types import PAGE_BYTES, pages_of
 from tiermem.units import format_bytes
 
 _SHM = Path("/dev/shm")
@@ -55,7 +58,9 @@ class Backing:
     def unlink(self, key: str) -> None:
         """Give a segment's memory back once its last mapping is gone. Mappings keep their bytes."""
         if self._dirfd >= 0:
-            os.unlink(key, dir_fd=self._dirfd)
+            # Cleaners of /dev/shm may have been there first (logind's RemoveIPC).
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(key, dir_fd=self._dirfd)
 
     def keys(self) -> list[str]:
         """Segment files present in the directory."""
@@ -78,11 +83,12 @@ class Backing:
 def _mounts(kind: str) -> dict[Path, str]:
     """Mount points of file-system type `kind` -> mount options."""
     found = {}
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).rstrip("\n").split("\n"):
         mount, _, super_block = line.partition(" - ")
         fs_type, _, options = super_block.split(" ", 2)
         if fs_type == kind:
-            found[Path(mount.split()[4].encode().decode("unicode_escape"))] = options
+            # proc(5): space, tab, newline and backslash are octal, everything else is as it is.
+            found[Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4]))] = options
     return found
 
 
@@ -95,7 +101,8 @@ def _read(path: str) -> str:
 
 def _opened(directory: Path) -> int:
     os.makedirs(directory, mode=0o700, exist_ok=True)
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # No link: where anyone may write, someone else's would lead us to files that are not segments.
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     if os.fstat(fd).st_uid != os.geteuid():
         os.close(fd)
         raise Refused(f"{directory} belongs to another user; choose another state directory (--state)")
@@ -116,36 +123,53 @@ def _tmpfs(directory: Path | None, capacity: int) -> Backing:
     elif "huge=always" not in options:
         raise NativeError(f"{directory} is a tmpfs without huge=always")
     else:
-        _native.tmpfs_resize(str(directory), size)
+        try:
+            _native.tmpfs_resize(str(directory), size)
+        except NativeError as error:
+            # An earlier, larger pool left more than that. The tier counts what may stay of it; adoption frees the rest.
+            if error.errno != errno.EINVAL:
+                raise
     return Backing("tmpfs", "a tmpfs of our own with huge=always", _opened(directory), directory, mounted=True)
 
 
 def _hugetlb(directory: Path | None, capacity: int) -> Backing:
-    free = int(_read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages") or 0) * PAGE_BYTES
-    if free < capacity:
-        raise NativeError(
-            f"{format_bytes(free)} of 2 MiB pages are reserved and free, {format_bytes(capacity)} are needed; "
-            f"write {capacity // PAGE_BYTES} to /proc/sys/vm/nr_hugepages"
-        )
+    home = None
     for mount, options in _mounts("hugetlbfs").items():
         if directory is not None and "pagesize=2M" in options and os.access(mount, os.W_OK):
             home = mount / _private_name(directory)
-            return Backing("hugetlb", f"reserved 2 MiB pages on {mount}", _opened(home), home)
-    return Backing("hugetlb", "reserved 2 MiB pages", -1, None)
+    facts = "/sys/kernel/mm/hugepages/hugepages-2048kB"
+    free = int(_read(f"{facts}/free_hugepages") or 0) * PAGE_BYTES + _held(home)
+    if free < capacity:
+        pages = int(_read(f"{facts}/nr_hugepages") or 0) + pages_of(capacity - free)
+        raise NativeError(
+            f"{format_bytes(free)} of 2 MiB pages are reserved and free, {format_bytes(capacity)} are needed; "
+            f"write {pages} to /proc/sys/vm/nr_hugepages"
+        )
+    if home is None:
+        return Backing("hugetlb", "reserved 2 MiB pages", -1, None)
+    return Backing("hugetlb", f"reserved 2 MiB pages on {home.parent}", _opened(home), home)
 
 
 def _shm(directory: Path | None, capacity: int) -> Backing:
     if directory is None:
         raise NativeError("an embedded pool leaves no files in /dev/shm")
-    space = os.statvfs(_SHM)
-    if space.f_bavail * space.f_frsize < capacity:
-        raise NativeError(f"{_SHM} has {format_bytes(space.f_bavail * space.f_frsize)} free")
     home = _SHM / _private_name(directory)
+    space = os.statvfs(_SHM)
+    free = space.f_bavail * space.f_frsize + _held(home)
+    if free < capacity:
+        raise NativeError(f"{_SHM} has {format_bytes(free)} free, {format_bytes(capacity)} are needed")
     return Backing("shm", "files on 4 KiB OS pages", _opened(home), home)
 
 
 def _memfd(directory: Path | None, capacity: int) -> Backing:
     return Backing("memfd", "anonymous memory on 4 KiB OS pages, lost with the daemon", -1, None)
+
+
+def _held(home: Path | None) -> int:
+    """Bytes of the segments that an earlier pool left there, for this one to adopt."""
+    if home is None or not home.is_dir():
+        return 0
+    return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(home))
 
 
 def _private_name(directory: Path) -> str:
@@ -165,6 +189,8 @@ def open_backing(kind: str, directory: Path | None, capacity: int) -> Backing:
     """
     if kind not in ("auto", *_KINDS):
         raise ConfigError(f"backing {kind!r} is unknown; choose auto, {', '.join(_KINDS)}")
+    # As the kernel names it in its list of mounts.
+    directory = directory and directory.resolve()
     refused = []
     for name in _KINDS if kind == "auto" else (kind,):
         try:

@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import resource
 import secrets
 import signal
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -24,7 +25,7 @@ from tiermem.catalog import ModelRecord
 from tiermem.config import Config, descriptor_path, socket_path
 from tiermem.errors import ConfigError, DeadlineExceeded, ProtocolError, Refused
 from tiermem.lease import Session
-from tiermem.pool import Pool
+from tiermem.pool import Opened, Pool
 from tiermem.rpc import messages as m
 from tiermem.rpc.codec import encode_manifest
 from tiermem.rpc.descriptors import DescriptorServer, remove_stale
@@ -80,7 +81,7 @@ class PoolService:
             self.pool.end_session(session)
 
     async def load(self, request: m.LoadRequest, session: Session) -> m.LoadReply:
-        record = await self._blocking(self.pool.load, request.path, request.name, request.layers)
+        record, _ = await self._blocking(self.pool.load, request.path, request.name, request.layers)
         manifest, ready = record.manifest, record.ready
         ready_bytes = sum(t.nbytes for t, r in zip(manifest.tensors, ready, strict=True) if r)
         return m.LoadReply(
@@ -88,11 +89,19 @@ class PoolService:
         )
 
     async def open(self, request: m.OpenRequest, session: Session) -> m.OpenReply:
-        opened = await self._blocking(self.pool.open, session, request.path, request.name, request.layers)
-        record = opened.record
-        encoded = self._manifests.get(record)
-        if encoded is None:
-            encoded = self._manifests[record] = await self._blocking(encode_manifest, record.manifest)
+        opening = asyncio.ensure_future(
+            self._blocking(self.pool.open, session, request.path, request.name, request.layers)
+        )
+        try:
+            opened = await asyncio.shield(opening)
+            record = opened.record
+            encoded = self._manifests.get(record)
+            if encoded is None:
+                encoded = self._manifests[record] = await self._blocking(encode_manifest, record.manifest)
+        except BaseException:
+            # The client will not learn of the lease: it gave up waiting, or its manifest cannot be sent.
+            opening.add_done_callback(self._unopened)
+            raise
         return m.OpenReply(
             opened.lease.id, record.id, record.name, encoded, _grants(record), _bits(record), opened.files
         )
@@ -104,8 +113,10 @@ class PoolService:
             # Shielded: the future is everyone's who waits for this load.
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), request.timeout_s)
         except TimeoutError:
-            given = format_seconds(request.timeout_s or 0)
-            raise DeadlineExceeded(f"the tensors were not loaded within {given}; wait longer") from None
+            if not future.done():
+                given = format_seconds(request.timeout_s or 0)
+                raise DeadlineExceeded(f"the tensors were not loaded within {given}; wait longer") from None
+            future.result()
         record = self.pool.record(lease)
         return m.WaitReply(_bits(record), _grants(record))
 
@@ -130,6 +141,10 @@ class PoolService:
     async def status(self, request: m.StatusRequest, session: Session) -> m.StatusReply:
         return m.StatusReply(await self._blocking(status_of, self.pool, request.name))
 
+    def _unopened(self, opening: asyncio.Future[Opened]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.pool.release(opening.result().lease)
+
     async def _blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(*args, **kwargs))
 
@@ -153,8 +168,9 @@ async def serve(config: Config, on_ready: Callable[[Pool], None]) -> None:
     """
     path = socket_path(config.address)
     os.umask(0o077)
+    _raise_file_limit()
     for directory in (path.parent, config.state):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_directory(directory)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -182,9 +198,30 @@ async def serve(config: Config, on_ready: Callable[[Pool], None]) -> None:
         _log.info("stopping: %d leases end, segments are %s", len(pool.leases), "kept" if config.keep else "freed")
 
 
+def _raise_file_limit() -> None:
+    """Every segment, client and file being read is a descriptor; the soft limit of 1024 is for users of select(2)."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: OSError) -> ConfigError:
+    advice = f"with --address and --state choose what user {os.geteuid()} may write"
+    return ConfigError(f"{path}: {error.strerror}; {advice}")
+
+
 def _lock(path: Path, what: str) -> int:
     """Hold `path` for as long as this process lives. Raises Refused where another process does."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unusable(path, error) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -37,7 +37,7 @@ def view_of(
         columns.append((
             np.full(total, number, np.int32),
             np.repeat(np.arange(len(counts), dtype=np.int32), counts),
-            record.residency.copy(),
+            record.residency,
             np.repeat(record.last_used_s, counts),
             np.full(total, leased(record)),
             np.full(total, record.pins > 0),

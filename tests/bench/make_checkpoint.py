@@ -21,7 +21,7 @@ SHARDS = 2
 INDEX = "model.safetensors.index.json"
 
 _SIGN_AND_MANTISSA, _EXPONENT = 0x87FF_87FF_87FF_87FF, 0x3800_3800_3800_3800
-"""Of four bf16 at once: random bits that are kept, and the exponent's upper ones: magnitudes from 2**-15 to 2, no NaN."""
+"""Of four bf16 at once: the random bits that are kept, and the exponent's upper ones: 2**-15 to 2, never NaN."""
 
 Shape = tuple[int, ...]
 

@@ -44,9 +44,11 @@ def command(path: str, name: str | None, layer_pattern: str | None, as_json: boo
     path = os.path.abspath(path)
     layers = _layers(path, layer_pattern) if layer_pattern is not None else None
     with Client(load_config(flags).address) as client:
+        # The reply to the load comes too late to tell: by then a small model may be there.
+        before = {model["identity"]: model["ready_bytes"] for model in client.status()["models"]}
         started_s = time.monotonic()
         reply = client.begin_load(path, name, layers=layers)
-        if layers and reply.ready_bytes and reply.segments != len(_checkpoint(path, layers).segments):
+        if layers and reply.model_id in before and reply.segments != len(_checkpoint(path, layers).segments):
             output.note(f"{reply.name} was cut into other layers before; to cut it anew, tiermem unload {reply.name}")
         with _progress(client, reply), client.open(path, layers=layers) as model:
             model.wait()
@@ -55,7 +57,7 @@ def command(path: str, name: str | None, layer_pattern: str | None, as_json: boo
     result = {
         "name": reply.name, "path": path, "identity": reply.model_id,
         "tensors": reply.tensors, "segments": reply.segments, "bytes": reply.nbytes, "page_bytes": state["page_bytes"],
-        "bytes_before": reply.ready_bytes, "elapsed_s": elapsed_s, "last_load": state["last_load"],
+        "bytes_before": before.get(reply.model_id, 0), "elapsed_s": elapsed_s, "last_load": state["last_load"],
     }  # fmt: skip
     if as_json:
         output.emit_json("load", result)

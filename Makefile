@@ -1,0 +1,88 @@
+# What a developer runs. Needs git, gcc, make and Python >= 3.11; all else goes into .venv, at the versions of
+# pyproject.toml and constraints.txt. `make PYTHON=python3.12 test` takes another Python.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+CMAKE = $(BIN)/cmake -G Ninja -D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+NATIVE := CMakeLists.txt setup.py $(wildcard native/*.py native/*/*.[ch])
+INSTALLED := $(VENV)/installed
+TESTS := tests/unit tests/integration tests/hostile
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help demo test test-native test-python check sanitize conformance bench wheel clean
+
+help:
+	@echo "make demo         show it all on this machine in a minute"
+	@echo "make test         the tests: native core, then unit, integration, hostile"
+	@echo "make check        style and types"
+	@echo "make sanitize     the native tests under ASan+UBSan and under TSan"
+	@echo "make conformance  safetensors' own tests; SAFETENSORS_SRC=a checkout of safetensors"
+	@echo "make bench        the main job against its peers, each figure beside its target; BENCH=--quick"
+	@echo "make wheel        a wheel in dist/"
+	@echo "make clean        remove all that make made"
+
+demo: $(INSTALLED)
+	$(BIN)/tiermem demo
+
+test: test-native test-python
+
+test-native: $(INSTALLED)
+	@mkdir -p build
+	$(CMAKE) -S . -B build/native > build/native.log
+	$(BIN)/cmake --build build/native >> build/native.log
+	$(BIN)/ctest --test-dir build/native --output-on-failure
+
+test-python: $(INSTALLED)
+	$(BIN)/python -m pytest $(TESTS) $(PYTEST)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+sanitize: build/address,undefined build/thread
+
+# Addresses are not randomised: where the kernel uses more random bits than it knows of, TSan's runtime refuses to start.
+build/address,undefined build/thread: build/%: $(INSTALLED) FORCE
+	$(CMAKE) -S . -B $@ -D TIERMEM_SANITIZE=$*
+	$(BIN)/cmake --build $@
+	setarch --addr-no-randomize $(BIN)/ctest --test-dir $@ --output-on-failure
+
+conformance: $(INSTALLED)
+	$(if $(SAFETENSORS_SRC),,$(error name a checkout of safetensors: make conformance SAFETENSORS_SRC=../safetensors))
+	$(BIN)/python -m tests.conformance $(SAFETENSORS_SRC)
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m tests.bench $(BENCH)
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tiermem/_ffi*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/pyvenv.cfg:
+	@command -v gcc > /dev/null || { echo "gcc is missing; on Debian and Ubuntu: apt-get install gcc" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11 or missing; name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
+	  { echo "$(PYTHON) lacks venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+	  { echo "$(PYTHON) lacks its C headers; on Debian and Ubuntu: apt-get install python3-dev" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Editable, so that only the native sources and the list of dependencies ask for another installation.
+$(INSTALLED): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt $(NATIVE)
+	$(PIP) setuptools cffi cmake ninja
+	$(PIP) --no-build-isolation --editable '.[test,demo]'
+	@touch $@
+
+$(VENV)/installed-bench: $(INSTALLED)
+	$(PIP) --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+FORCE:

@@ -1,0 +1,444 @@
+"""A pool that holds only some of its models: what leaves, what stays, and what comes back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from blake3 import blake3
+
+from tests.conftest import Checkpoint, CheckpointWriter
+from tests.integration.conftest import PoolMaker
+from tiermem.embedded import EmbeddedPool
+from tiermem.errors import CapacityError, ConfigError, ModelNotFound, ReadError, Refused
+from tiermem.source.file import FileSource
+from tiermem.types import PAGE_BYTES
+
+MIB = 1 << 20
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true within 10 s"
+        time.sleep(0.002)
+
+
+def status_of(pool: EmbeddedPool, name: str) -> dict[str, Any]:
+    (status,) = pool.status(name)["models"]
+    return status  # type: ignore[no-any-return]
+
+
+def used(pool: EmbeddedPool) -> int:
+    return int(pool.status()["tiers"][0]["used_bytes"])
+
+
+def resident(pool: EmbeddedPool) -> dict[str, int]:
+    return {model["name"]: model["resident_bytes"] // PAGE_BYTES for model in pool.status()["models"]}
+
+
+def in_tmpfs(pool: EmbeddedPool) -> int:
+    """Bytes that the pool's file system really holds."""
+    facts = os.fstatvfs(pool._pool.dram.backing._dirfd)
+    return (facts.f_blocks - facts.f_bfree) * facts.f_frsize
+
+
+def test_an_evicted_model_stays_known_and_comes_back(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    written, pool = checkpoint(layers=3), embedded()
+    pool.load(written.path)
+    assert pool.evict("model") == 3 * PAGE_BYTES
+    assert pool.evict("model") == 0
+    assert used(pool) == 0
+    status = status_of(pool, "model")
+    assert (status["state"], status["ready_bytes"], set(status["residency"].values())) == ("disk", 0, {"disk"})
+    with pool.open("model") as model:
+        assert written.same(model)
+    assert status_of(pool, "model")["last_load"]["read_bytes"] == written.nbytes
+
+
+def test_only_what_is_missing_is_read_again(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    first, second = checkpoint("first", layers=4), checkpoint("second", layers=2, seed=1)
+    pool = embedded(dram=5 * PAGE_BYTES)
+    pool.load(first.path)
+    pool.load(second.path)
+    assert resident(pool) == {"first": 3, "second": 2}, "one layer had to go for the second model, and no more"
+    assert status_of(pool, "first")["residency"] == {
+        "model.layers.0": "dram", "model.layers.1": "dram", "model.layers.2": "dram", "model.layers.3": "disk"
+    }  # fmt: skip
+    assert pool.status()["pool"]["evicted_bytes"] == PAGE_BYTES
+    pool.remove("second")
+    with pool.open("first") as model:
+        assert first.same(model)
+    layer = sum(array.nbytes for name, array in first.tensors.items() if ".3." in name)
+    assert status_of(pool, "first")["last_load"]["read_bytes"] == layer
+
+
+def test_the_model_that_was_used_longest_ago_goes_first(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    paths = [checkpoint(name, layers=2, seed=i).path for i, name in enumerate("abc")]
+    pool = embedded(dram=4 * PAGE_BYTES)
+    for path in paths[:2]:
+        pool.open(path).close()
+        time.sleep(0.002)
+    pool.open(paths[0]).close()
+    until(lambda: pool.status()["pool"]["leases"] == 0 and not pool._pool.loads())
+    pool.load(paths[2])
+    assert resident(pool) == {"a": 2, "b": 0, "c": 2}
+
+
+def test_leased_and_pinned_models_are_never_evicted(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    leased, pinned, third = (checkpoint(name, layers=2, seed=i) for i, name in enumerate(("leased", "pinned", "third")))
+    pool = embedded(dram=4 * PAGE_BYTES)
+    pool.load(pinned.path)
+    assert pool.pin("pinned") == 1
+    assert pool.pin("pinned") == 2
+    assert pool.unpin("pinned") == 1
+    with pool.open(leased.path) as model:
+        for _ in range(2):
+            with pytest.raises(
+                CapacityError,
+                match=r"third needs 4\.0 MiB of tier 'dram', which has 0 B free of 8\.0 MiB, and the rest is leased, "
+                r"pinned or held by the policy; unload a model or raise --dram",
+            ):
+                pool.open(third.path)
+        assert leased.same(model)
+    assert resident(pool) == {"leased": 2, "pinned": 2}
+    for call in (pool.evict, pool.remove):
+        with pytest.raises(Refused, match="pinned is pinned 1 times; unpin it first"):
+            call("pinned")
+    until(lambda: pool.status()["pool"]["leases"] == 0)
+    with pool.open(third.path) as model:
+        assert third.same(model)
+    assert resident(pool)["pinned"] == 2
+    assert pool.unpin("pinned") == 0
+    with pytest.raises(Refused, match="pinned is not pinned"):
+        pool.unpin("pinned")
+
+
+def test_a_model_that_cannot_fit_is_refused_with_numbers_and_costs_nobody_a_page(
+    embedded: PoolMaker, checkpoint: CheckpointWriter
+) -> None:
+    idle, leased, large, huge = (
+        checkpoint(name, layers=layers) for name, layers in (("idle", 2), ("leased", 2), ("large", 3), ("huge", 5))
+    )
+    pool = embedded(dram=4 * PAGE_BYTES)
+    pool.load(idle.path)
+    with pytest.raises(CapacityError, match=r"huge needs 10\.0 MiB of tier 'dram', which has 4\.0 MiB free of 8\.0"):
+        pool.load(huge.path)
+    assert resident(pool) == {"idle": 2}
+    with pool.open(leased.path) as model:
+        model.wait()
+        with pytest.raises(CapacityError, match=r"large needs 6\.0 MiB"):
+            pool.load(large.path)
+    assert resident(pool) == {"idle": 2, "leased": 2}, "evicting the idle one would not have been enough"
+    pool._pool.check()
+    with pytest.raises(ModelNotFound):
+        pool.open("large")
+
+
+def test_a_partly_evicted_model_comes_back_to_many_readers(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    written, filler = checkpoint("wanted", layers=6), checkpoint("filler", layers=3, seed=5)
+    pool = embedded(dram=6 * PAGE_BYTES, read_threads=3)
+    barrier, right = threading.Barrier(6), []
+
+    def read() -> None:
+        barrier.wait(10)
+        with pool.open("wanted") as model:
+            right.append(written.same(model))
+
+    for round_ in range(4):
+        pool.load(written.path)
+        pool.load(filler.path)
+        assert resident(pool)["wanted"] == 3
+        threads = [threading.Thread(target=read, daemon=True) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert right == [True] * 6 * (round_ + 1)
+        until(lambda: pool.status()["pool"]["leases"] == 0)
+        assert status_of(pool, "wanted")["last_load"]["read_bytes"] == written.nbytes // 2
+        pool._pool.check()
+
+
+def test_an_array_outlives_the_eviction_of_its_model(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    written, pool = checkpoint(), embedded()
+    model = pool.open(written.path)
+    array = model["model.layers.1.weight"]
+    model.close()
+    until(lambda: pool.status()["pool"]["leases"] == 0)
+    pool.evict("model")
+    with pool.open("model") as again:
+        assert written.same(again)
+    assert np.array_equal(array, written.tensors["model.layers.1.weight"])
+
+
+@pytest.mark.root
+def test_memory_that_closed_models_still_map_is_a_lack_and_no_crash(
+    embedded: PoolMaker, checkpoint: CheckpointWriter
+) -> None:
+    """The tier has the room, the host has it only when the last array goes."""
+    first, second = checkpoint("first", layers=3), checkpoint("second", layers=3, seed=1)
+    pool = embedded(dram=3 * PAGE_BYTES)
+    with pool.open(first.path) as model:
+        array = model["model.layers.0.weight"]
+    del model
+    until(lambda: pool.status()["pool"]["leases"] == 0)
+    with pytest.raises(CapacityError, match="could not be had"):
+        pool.load(second.path)
+    assert np.array_equal(array, first.tensors["model.layers.0.weight"])
+    pool._pool.check()
+    del array
+    gc.collect()
+    assert pool.load(second.path) == "second"
+
+
+# --- the policy -----------------------------------------------------------------------------------------------------
+
+
+POLICY = """
+class Mine:
+    def __init__(self):
+        self.calls = 0
+
+    def plan(self, view):
+        self.calls += 1
+        {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "failure"),
+    [("raise KeyError('heat')", "KeyError: 'heat'"), ("return None", "TypeError"), ("return [1]", "TypeError"),
+     ("view.pages.tier[:] = 0", "ValueError: assignment destination is read-only")],
+)  # fmt: skip
+def test_a_policy_that_fails_is_reported_and_nothing_moves_any_more(
+    embedded: PoolMaker, checkpoint: CheckpointWriter, tmp_path: Path, body: str, failure: str
+) -> None:
+    (tmp_path / "mine.py").write_text(POLICY.format(body=body))
+    first, second = checkpoint("first"), checkpoint("second", seed=1)
+    pool = embedded(dram=2 * PAGE_BYTES, policy=str(tmp_path / "mine.py"))
+    policy: Any = pool._pool.migrator.policy
+    pool.load(first.path)
+    assert pool.status()["pool"]["policy_failure"] == ""
+    for _ in range(2):
+        with pytest.raises(CapacityError, match="held by the policy"):
+            pool.open(second.path)
+        assert failure in pool.status()["pool"]["policy_failure"]
+    assert policy.calls == 1
+    assert resident(pool) == {"first": 2}
+    assert pool.status()["pool"]["leases"] == 0
+    assert pool.evict("first") == 2 * PAGE_BYTES, "what a user asks for needs no policy"
+    assert pool.load(second.path) == "second"
+
+
+def test_a_policy_cannot_evict_what_is_leased(
+    embedded: PoolMaker, checkpoint: CheckpointWriter, tmp_path: Path
+) -> None:
+    everything = "from tiermem.policy import Move\n" + POLICY.format(
+        body="return [Move(row, 1, 0, 1, 'all of it') for row in range(len(view.pages))]"
+    )
+    (tmp_path / "mine.py").write_text(everything)
+    leased, idle, third = (checkpoint(name, seed=i) for i, name in enumerate(("leased", "idle", "third")))
+    pool = embedded(dram=4 * PAGE_BYTES, policy=str(tmp_path / "mine.py"))
+    with pool.open(leased.path) as model:
+        pool.load(idle.path)
+        pool.load(third.path)
+        assert resident(pool) == {"leased": 2, "idle": 0, "third": 2}
+        assert leased.same(model)
+    assert sum(pool._pool.migrator.refused.values()) == 2
+
+
+def test_hold_keeps_what_is_there(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    pool = embedded(dram=2 * PAGE_BYTES, policy="hold")
+    pool.load(checkpoint("first").path)
+    with pytest.raises(CapacityError):
+        pool.load(checkpoint("second", seed=1).path)
+    assert resident(pool) == {"first": 2}
+
+
+def test_a_bad_policy_stops_the_start_before_anything_is_made(embedded: PoolMaker, tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match="no such file"):
+        embedded(policy=str(tmp_path / "absent.py"))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- spare memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_spare_memory_fills_is_used_and_never_exceeds_the_tier(
+    embedded: PoolMaker, checkpoint: CheckpointWriter
+) -> None:
+    capacity = 40 * MIB
+    models = [checkpoint(f"m{i}", layers=6, seed=i) for i in range(4)]
+    pool = embedded(dram=capacity, spare="32MiB")
+    assert pool.status()["pool"]["backing"] == "tmpfs"
+    until(lambda: pool.status()["spare"]["ready_bytes"] == 32 * MIB)
+    status = pool.status()["spare"]
+    assert status["target_bytes"] == 32 * MIB
+    assert status["prefault_s"] > 0
+    assert in_tmpfs(pool) == 32 * MIB
+    stop, most = threading.Event(), [0]
+
+    def watch() -> None:
+        while not stop.is_set():
+            most[0] = max(most[0], in_tmpfs(pool))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    for written in models * 3:
+        with pool.open(written.path) as model:
+            assert written.same(model)
+        del model
+    stop.set()
+    watcher.join(10)
+    assert 32 * MIB < most[0] <= capacity, f"{most[0] / MIB} MiB"
+    until(lambda: pool.status()["pool"]["leases"] == 0)
+    pool._pool.check()
+    room = capacity - used(pool)
+    until(lambda: pool.status()["spare"]["ready_bytes"] == min(32 * MIB, room))
+    assert in_tmpfs(pool) == used(pool) + pool.status()["spare"]["ready_bytes"]
+
+
+@pytest.mark.root
+def test_a_load_gets_its_memory_although_the_stock_had_filled_the_tier(
+    embedded: PoolMaker, checkpoint: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of filling that was decided before the load began, and was carried out after it took from the stock."""
+    written, pool = checkpoint(layers=8), embedded(dram="16MiB", spare="16MiB", read_threads=1)
+    until(lambda: pool.status()["spare"]["ready_bytes"] == 16 * MIB)
+    stock = pool._pool.spare.stock
+    take, calls = stock.take, []
+
+    def late(nbytes: int) -> int:
+        calls.append(nbytes)
+        return 0 if len(calls) == 1 else take(nbytes)
+
+    monkeypatch.setattr(stock, "take", late)
+    with pool.open(written.path) as model:
+        assert written.same(model)
+    assert len(calls) > 1
+
+
+# --- everything at once -----------------------------------------------------------------------------------------------
+
+
+class Crowd:
+    """Threads that open, read, load, evict, pin and remove at random, and verify what they read."""
+
+    def __init__(self, pool: EmbeddedPool, models: list[Checkpoint], seconds: float) -> None:
+        self.pool = pool
+        self.models = models
+        self.digests = [
+            {name: blake3(array.tobytes()).digest() for name, array in each.tensors.items()} for each in models
+        ]
+        self.until_s = time.monotonic() + seconds
+        self.reads = 0
+        self.refused = 0
+        self.errors: list[BaseException] = []
+
+    def run(self, seed: int, act: Callable[[random.Random], None]) -> None:
+        chance = random.Random(seed)
+        while time.monotonic() < self.until_s and not self.errors:
+            try:
+                act(chance)
+            except (CapacityError, Refused, ModelNotFound):
+                self.refused += 1
+            except BaseException as error:
+                self.errors.append(error)
+
+    def read(self, chance: random.Random) -> None:
+        number = chance.randrange(len(self.models))
+        model = self.pool.open(self.models[number].path)
+        names = chance.sample(sorted(model), 3)
+        for name in names:
+            array = model[name]
+            assert blake3(array.tobytes()).digest() == self.digests[number][name], name
+            self.reads += 1
+        if chance.random() < 0.5:
+            model.close()
+            assert blake3(array.tobytes()).digest() == self.digests[number][names[-1]]
+
+    def load(self, chance: random.Random) -> None:
+        self.pool.load(chance.choice(self.models).path)
+
+    def disturb(self, chance: random.Random) -> None:
+        name = chance.choice(self.models).path.name
+        if chance.random() < 0.3:
+            self.pool.pin(name)
+            self.pool.unpin(name)
+        chance.choice((self.pool.evict, self.pool.remove, self.pool.status))(name)
+        time.sleep(0.002)
+
+
+def test_a_crowd_that_wants_more_than_fits(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    models = [checkpoint(f"m{i}", layers=2 + i % 3, kib=32 + 200 * (i % 2), seed=i) for i in range(6)]
+    pool = embedded(dram=9 * PAGE_BYTES, spare="4MiB", read_threads=3)
+    crowd = Crowd(pool, models, seconds=4)
+    acts = [crowd.read] * 5 + [crowd.load] * 2 + [crowd.disturb]
+    threads = [threading.Thread(target=crowd.run, args=each, daemon=True) for each in enumerate(acts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "a deadlock"
+    assert crowd.errors == []
+    assert crowd.reads > 100
+    gc.collect()
+    until(lambda: pool.status()["pool"]["leases"] == 0 and not pool._pool.loads())
+    pool._pool.check()
+    status = pool.status()
+    assert used(pool) == sum(model["resident_bytes"] for model in status["models"]) <= 9 * PAGE_BYTES
+    if status["pool"]["backing"] == "tmpfs":
+        until(lambda: in_tmpfs(pool) <= 9 * PAGE_BYTES)
+
+
+def test_loads_that_fail_at_random_leave_nothing_wrong(
+    embedded: PoolMaker, checkpoint: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every fifth read fails: whoever gets bytes gets right ones, and the books balance."""
+    models = [checkpoint(f"m{i}", layers=3, seed=i) for i in range(4)]
+    pool = embedded(dram=8 * PAGE_BYTES, read_threads=3)
+    read, chance, lock = FileSource.read, random.Random(7), threading.Lock()
+
+    def flaky(source: FileSource, *args: Any) -> None:
+        with lock:
+            bad = chance.random() < 0.2
+        if bad:
+            raise ReadError("a bad sector")
+        read(source, *args)
+
+    monkeypatch.setattr(FileSource, "read", flaky)
+    crowd = Crowd(pool, models, seconds=2)
+    failures: list[ReadError] = []
+
+    def read_or_fail(chance: random.Random) -> None:
+        try:
+            crowd.read(chance)
+        except ReadError as error:
+            failures.append(error)
+
+    acts = [read_or_fail] * 5 + [crowd.disturb]
+    threads = [threading.Thread(target=crowd.run, args=each, daemon=True) for each in enumerate(acts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "a deadlock"
+    assert crowd.errors == []
+    assert crowd.reads > 50
+    assert failures
+    failures.clear()
+    gc.collect()
+    until(lambda: pool.status()["pool"]["leases"] == 0 and not pool._pool.loads())
+    pool._pool.check()
+    assert used(pool) == sum(model["resident_bytes"] for model in pool.status()["models"])

