@@ -33,7 +33,8 @@ _OPTIONS = (
     # Otherwise clients in one process share connections, and one client's dead connection is the next one's.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Also the time that one attempt to connect may take; a busy daemon needs more than the 100 ms between attempts.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import array
 import asyncio
 import errno
+import fcntl
 import socket
 import struct
+import termios
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -67,6 +69,9 @@ async def send(connection: socket.socket, message: object, fds: Sequence[int] = 
     left = memoryview(pack(message))
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     async with asyncio.timeout(SEND_TIMEOUT_S):
+        # One message with descriptors is on its way at a time: the kernel limits those of a user, not of a connection.
+        while fds and _unread(connection):
+            await asyncio.sleep(0.001)
         while left:
             try:
                 sent = connection.sendmsg([left], ancillary)
@@ -80,6 +85,12 @@ async def send(connection: socket.socket, message: object, fds: Sequence[int] = 
                 await asyncio.sleep(0.01)
                 continue
             left, ancillary = left[sent:], []
+
+
+def _unread(connection: socket.socket) -> bool:
+    """Whether the peer has yet to read something that was sent."""
+    (waiting,) = struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))
+    return bool(waiting)
 
 
 async def _writable(connection: socket.socket) -> None:

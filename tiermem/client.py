@@ -95,10 +95,15 @@ class Client:
         self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None
     ) -> str:
         """Load a whole checkpoint; returns the model's name when it is resident."""
-        self.begin_load(path, name, layers=layers)
-        with self.open(path) as model:
-            model.wait()
-            return model.name
+        session = self._live()
+        request = m.OpenRequest(os.path.abspath(path), name, dict(layers) if layers else None)
+        opened: m.OpenReply = self._call("Open", request, session)
+        try:
+            # Until the load has ended, not only until every tensor is there: at its end the files are looked at again.
+            self._call("Wait", m.WaitRequest(opened.lease_id), session)
+        finally:
+            self._call("Release", m.ReleaseRequest(opened.lease_id), session)
+        return opened.name
 
     def begin_load(
         self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None

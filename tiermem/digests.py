@@ -13,35 +13,48 @@ from pathlib import Path
 
 from tiermem import durable
 from tiermem.errors import ReadError
+from tiermem.types import Manifest
 
 DIGEST_BYTES = 32
+_FORMAT = b"\1"
+"""First byte of a record; one of another format is as good as none."""
 
 _log = logging.getLogger(__name__)
 
 
 class DigestRecords:
-    """Records in `directory`, one file per checkpoint identity; tensor digests in manifest order."""
+    """Records in `directory`, one file per checkpoint identity; on file by tensor name, since renaming the files of a
+    checkpoint changes the order of its tensors and not its identity."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def get(self, identity: str, tensors: int) -> tuple[bytes, ...] | None:
-        """Digests of the `tensors` tensors of that checkpoint, or None where none (or no whole record) is kept."""
+    def get(self, manifest: Manifest) -> list[bytes | None] | None:
+        """Digests in manifest order, or None where none (or no whole record) is kept."""
         try:
-            body = durable.read(self.directory / identity)
+            body = durable.read(self.directory / manifest.identity)
         except FileNotFoundError:
             return None
         except (ReadError, OSError) as error:
             _log.warning("digest record not used: %s", error)
             return None
-        if len(body) != tensors * DIGEST_BYTES:
+        joined = body.removeprefix(_FORMAT)
+        if len(body) != 1 + len(joined) or len(joined) != len(manifest.tensors) * DIGEST_BYTES:
             return None
-        return tuple(body[i : i + DIGEST_BYTES] for i in range(0, len(body), DIGEST_BYTES))
+        digests: list[bytes | None] = [None] * len(manifest.tensors)
+        for place, number in enumerate(_by_name(manifest)):
+            digests[number] = joined[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES]
+        return digests
 
-    def put(self, identity: str, digests: Sequence[bytes]) -> None:
-        """Keep a record. A directory that cannot be written costs a warning, not the load."""
+    def put(self, manifest: Manifest, digests: Sequence[bytes]) -> None:
+        """Keep digests in manifest order. A directory that cannot be written costs a warning, not the load."""
         try:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
-            durable.write(self.directory / identity, b"".join(digests))
+            joined = b"".join(digests[i] for i in _by_name(manifest))
+            durable.write(self.directory / manifest.identity, _FORMAT + joined)
         except OSError as error:
-            _log.warning("digest record of %s not kept in %s: %s", identity[:12], self.directory, error)
+            _log.warning("digest record of %s not kept in %s: %s", manifest.path, self.directory, error)
+
+
+def _by_name(manifest: Manifest) -> list[int]:
+    return [manifest.by_name[name] for name in sorted(manifest.by_name)]

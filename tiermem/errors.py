@@ -112,6 +112,9 @@ class NativeError(TiermemError, OSError):
         super().__init__(message)
         self.errno = number
 
+    def __reduce__(self) -> tuple[type[NativeError], tuple[str, int]]:
+        return type(self), (str(self), self.errno or 0)
+
 
 class ProtocolError(TiermemError, ValueError):
     """A message is not of the protocol, or the two ends speak different versions of it."""

@@ -145,8 +145,8 @@ class Pool:
             return found
         self._supersede(manifest, name)
         default = self.catalog.free_name(default_name(manifest), manifest.identity)
-        known = self._digests.get(manifest.identity, len(manifest.tensors))
-        record = ModelRecord(name or default, manifest, list(known or [None] * len(manifest.tensors)))
+        known = self._digests.get(manifest)
+        record = ModelRecord(name or default, manifest, known or [None] * len(manifest.tensors))
         self.catalog.add(record)
         return record, None
 
@@ -228,7 +228,7 @@ class Pool:
                 record.loaded = True
                 self.figures[record.id] = load.figures
         if error is None and not load.is_check:
-            self._digests.put(record.id, [digest or b"" for digest in record.digests])
+            self._digests.put(record.manifest, [digest or b"" for digest in record.digests])
         self._persist(record)
         self.spare.refill()
         load.end(error)
@@ -278,14 +278,8 @@ class Pool:
 
     # --- what users ask for ------------------------------------------------------------------------------------
 
-    def pin(self, name: str) -> int:
+    def pin(self, name: str, by: int = 1) -> int:
         """Promise not to evict a model; returns its pins."""
-        return self._add_pin(name, 1)
-
-    def unpin(self, name: str) -> int:
-        return self._add_pin(name, -1)
-
-    def _add_pin(self, name: str, by: int) -> int:
         with self.lock:
             record = self.catalog.named(name)
             if record.pins + by < 0:
@@ -293,6 +287,9 @@ class Pool:
             record.pins += by
         self._persist(record)
         return record.pins
+
+    def unpin(self, name: str) -> int:
+        return self.pin(name, -1)
 
     def evict(self, name: str) -> int:
         """Take a model out of memory; it stays known, and an open brings it back. Returns bytes freed."""
@@ -308,7 +305,6 @@ class Pool:
         with self.lock:
             record = self.catalog.named(name)
             freed = record.resident_bytes()
-        # Each time around another load may have begun, or a lease that was granted meanwhile forbids it.
         while (load := self._give_up(record)) is not None:
             self.loader.settle(load)
             load.finished.exception()
@@ -351,7 +347,7 @@ class Pool:
             raise Refused(f"{record.name} is pinned {record.pins} times; unpin it first")
 
     def _give_up(self, record: ModelRecord) -> Load | None:
-        """Forget a model, or stop the load of it that has to end before; returns that load."""
+        """Forget a model, or stop the load that has to end before; returns that load: another may begin meanwhile."""
         with self.lock:
             if self.catalog.by_id(record.id) is not record:
                 return None
@@ -392,9 +388,9 @@ class Pool:
         for record, segments in adopt(files, self.dram.backing, self.dram.tier):
             record.name = self.catalog.free_name(record.name, record.id)
             self.catalog.add(record)
-            tasks = plan_checks(record, segments)
             self.dram.take_over(record, segments)
             if segments:
+                tasks = plan_checks(record, segments)
                 self._loads[record.id] = Load(record, segments, tasks, None, None, self.lock, self._complete)
                 self._grace_until_s = time.monotonic() + self.config.grace
 

@@ -8,6 +8,7 @@ c  load it from a cold file       f  memory used for the first time, and again
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -37,6 +38,8 @@ SPARE_BYTES, DRAM_MODELS = 4 << 30, 1.1
 
 def main(arguments: list[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
+    # As Ctrl-C does: through every `finally`, so that no daemon of ours is left behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     runs = asked.runs or (QUICK_RUNS if asked.quick else 5)
     directory = asked.model or default_directory().with_name("qwen-quick" if asked.quick else "qwen")
     if asked.model is None or not any(directory.glob("*.safetensors")):

@@ -6,7 +6,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgpack
@@ -133,23 +133,34 @@ def test_bad_request_brings_an_error(daemon: Daemon, weights: Weights, request_o
 
 def test_client_that_never_reads_holds_up_nobody(daemon: Daemon, weights: Weights) -> None:
     before = daemon.open_files()
-    with daemon.client() as client, client.open(weights.path) as model:
-        model.wait()
-        lease = next(iter(client._leases))
-        connection = client._live().descriptors._connection
-        connection.setblocking(False)
-        # Until neither side of the socket takes more: the daemon waits to send, and reads no further.
-        request = frame({"lease_id": lease, "segments": [0, 1] * 400})
-        try:
-            for _ in range(10_000):
-                connection.sendall(request)
-            pytest.fail("the daemon reads on without end")
-        except BlockingIOError:
-            pass
+    with unread_descriptors(daemon, weights):
         assert daemon.serves(weights)
         assert daemon.open_files() < before + 300
     eventually(lambda: daemon.leases() == 0, "its lease ended")
     eventually(lambda: daemon.open_files() < before + 20, "its descriptors were closed")
+
+
+@pytest.mark.root
+def test_descriptors_that_nobody_reads_leave_room_for_others() -> None:
+    """Linux counts the descriptors on their way of each user, and gives an ordinary one RLIMIT_NOFILE of them."""
+    with Daemon(ordinary=True, prefix=("prlimit", "--nofile=1024:1024")) as daemon:
+        weights = write_weights(daemon.directory / "model")
+        with unread_descriptors(daemon, weights), unread_descriptors(daemon, weights):
+            assert daemon.serves(weights)
+
+
+@contextmanager
+def unread_descriptors(daemon: Daemon, weights: Weights) -> Iterator[None]:
+    """A client that asks for descriptors, and reads none, until neither side of the socket takes more."""
+    with daemon.client() as client, client.open(weights.path) as model:
+        model.wait()
+        connection = client._live().descriptors._connection
+        connection.setblocking(False)
+        request = frame({"lease_id": next(iter(client._leases)), "segments": [0, 1] * 400})
+        with pytest.raises(BlockingIOError):
+            for _ in range(10_000):
+                connection.sendall(request)
+        yield
 
 
 def test_token_ends_with_its_connection(daemon: Daemon, weights: Weights) -> None:

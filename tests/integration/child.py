@@ -9,8 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -35,11 +38,9 @@ class Child:
         arguments: Sequence[str],
         *,
         uid: int | None = None,
-        env: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
     ) -> None:
-        rights = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid is not None else []
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("TIERMEM_")}
+        rights = () if uid is None else rights_of(uid)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by __exit__
         self._buffer = b""
         self._process = subprocess.Popen(
@@ -48,7 +49,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             cwd="/",
-            env={**inherited, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
+            env=_environment(),
         )
         self.pid = self._process.pid
 
@@ -107,6 +108,21 @@ class Child:
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             assert stream is not None
             stream.close()
+
+
+def _environment() -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("TIERMEM_")}
+    return {**inherited, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@cache
+def rights_of(uid: int) -> tuple[str, ...]:
+    """The command before a command that runs it as another user; skips the test where that one has no Python."""
+    rights = ("setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups")
+    command = [*rights, sys.executable, "-c", "import tiermem.client"]
+    if subprocess.run(command, cwd="/", env=_environment(), capture_output=True).returncode:
+        pytest.skip(f"user {uid} cannot run {sys.executable} with what is installed for it")
+    return rights
 
 
 def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 2.0) -> None:

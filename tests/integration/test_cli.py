@@ -164,6 +164,8 @@ def test_demo_that_is_interrupted_leaves_nothing(short: Path, number: signal.Sig
         process.send_signal(number)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip()) == (130, "")
+    # The second signal may come when all is removed and the interpreter has put its own handlers away.
+    assert process.returncode in (130, -number)
+    assert err.strip() == ""
     assert list(short.iterdir()) == []
     assert not Path(f"/proc/{daemon}").exists()

@@ -261,6 +261,7 @@ def test_leased_model_is_neither_evicted_nor_removed(daemon: Daemon, weights: We
     others = write_weights(tmp_path / "others", layers=6)
     with Child.script(READER, weights.path, daemon.address) as reader, daemon.client() as client:
         assert reader.line() == weights.digest
+        daemon.settle()
         for attempt in (client.evict, client.remove):
             with pytest.raises(Refused, match=rf"leased by process {reader.pid}; close it there first") as caught:
                 attempt(weights.name)

@@ -45,7 +45,7 @@ def test_ordinary_user_has_the_whole_service(daemon: Daemon, weights: Weights) -
         Child.script(READER, weights.path, daemon.address, uid=NOBODY) as second,
     ):
         assert first.line() == second.line() == weights.digest
-        status = daemon.model("model")
+        (status,) = daemon.settle()
         assert status["readers"] == tuple(sorted((first.pid, second.pid)))
         assert status["resident_bytes"] == 3 * PAGE_BYTES
         first.kill9()

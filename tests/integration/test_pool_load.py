@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,17 @@ def test_bytes_that_changed_since_the_first_load_are_refused(
         assert written.same(model)
 
 
+def test_files_that_swapped_their_names_are_the_same_weights(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
+    written = checkpoint(files=2, layers=4)
+    embedded().load(written.path)
+    first, second = written.files
+    first.rename(written.path / "first")
+    second.rename(first)
+    (written.path / "first").rename(second)
+    with embedded().open(written.path) as model:
+        assert written.same(model)
+
+
 def test_a_reader_of_a_load_that_failed_never_sees_its_bytes(
     embedded: PoolMaker, checkpoint: CheckpointWriter, damage: Damage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -532,7 +544,8 @@ def test_unloading_gives_up_a_load_that_began_while_it_waited(
     gate.close()
     again = Gate(monkeypatch)
     again.open()
-    end, begun = Load.end, []
+    end = Load.end
+    begun: list[Future[None]] = []
 
     def end_and_begin_another(load: Load, error: Exception | None) -> None:
         if not begun:

@@ -49,7 +49,7 @@ def agree(raw: bytes) -> None:
     assert all(raw[t.file_offset :][: t.nbytes] == reference[t.name]["data"] for t in manifest.tensors)
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) + 7), st.integers(0, 1), st.binary(max_size=3)), max_size=4))
 @example([])
 def test_mutated_bytes(edits: list[tuple[int, int, bytes]]) -> None:
@@ -59,7 +59,7 @@ def test_mutated_bytes(edits: list[tuple[int, int, bytes]]) -> None:
     agree(raw)
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.sampled_from(["dtype", "shape", "data_offsets", "a", "__metadata__"]), TOKENS, st.binary(max_size=9), KEYS)
 def test_mutated_values(where: str, token: str, data: bytes, extra: str) -> None:
     fields = {"dtype": '"U8"', "shape": f"[{len(data)}]", "data_offsets": f"[0,{len(data)}]"}

@@ -12,9 +12,9 @@ MAX_LINES = 400
 # A room imports from its own layer and from those below; a new room belongs into one of them.
 LAYERS = (
     {"errors", "types", "units"},
-    {"_native", "config", "digests", "dtypes", "durable", "host", "policy", "rpc"},
-    {"adoption", "catalog", "catalog_files", "checkpoint", "device", "dram", "heat", "lease", "load", "loader", "metrics",
-     "migrator", "paths", "replay", "sampler", "segment", "source", "spare", "tier", "view"},
+    {"_native", "config", "dtypes", "durable", "host", "policy", "rpc"},
+    {"adoption", "catalog", "catalog_files", "checkpoint", "digests", "dram", "lease", "load", "loader", "migrator",
+     "paths", "segment", "source", "spare", "tier", "view"},
     {"pool"},
     {"server", "status"},
     {"agent", "client", "embedded", "model", "opening"},

@@ -493,3 +493,17 @@ def test_staging_that_cannot_be_had_is_told_to_who_starts(
             made.start()
     made.start()
     assert len(made._threads) == 2
+
+
+def test_everyone_gets_an_error_of_his_own() -> None:
+    """A raised error keeps its frames, and a frame may hold a model: nobody is to hold another's."""
+    bench = Bench(LAYERS)
+    futures = [bench.load.when_ready([0]), bench.load.when_ready([0]), bench.load.when_ready(None)]
+    error = NativeError("cannot seal", 12)
+    bench.load.fail(error)
+    bench.load.end(error)
+    told = [future.exception(0) for future in futures]
+    assert len({id(each) for each in (*told, error)}) == 4
+    for each in told:
+        assert isinstance(each, NativeError)
+        assert (str(each), each.errno) == ("cannot seal", 12)

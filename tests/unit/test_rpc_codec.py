@@ -112,7 +112,7 @@ def decodes_or_refuses(kind: type[Any], data: bytes) -> None:
         assert isinstance(codec.decode(kind, data), kind)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from([method.request for method in METHODS.values()]), st.binary(max_size=200))
 def test_random_bytes_raise_nothing_but_protocol_errors(kind: type[Any], data: bytes) -> None:
     decodes_or_refuses(kind, data)
