@@ -289,7 +289,7 @@ class Reader(_Handle):
     def read(self, parts: Sequence[tuple[int, int, int]], staging: Staging) -> None:
         """Read ascending, disjoint (file offset, length, destination address); destinations must be writable memory.
 
-        The parts may span `staging.nbytes` less two OS pages. Raises NativeError (E_SHORT if the file ends early).
+        Raises NativeError (E_SHORT if the file ends early).
         """
         handle, through = self._live(), staging._live()
         native = ffi.new("tm_part[]", [(offset, length, ffi.cast("void *", to)) for offset, length, to in parts])

@@ -122,6 +122,7 @@ class Load:
                 self._tasks_of.setdefault(tensor, []).append(task)
         self._reads_left = {tensor: len(of) for tensor, of in self._tasks_of.items()}
         self._tensors_left = {s: len(record.tensors_of[s]) for s in segments}
+        self._paid: set[tuple[int, int]] = set()
         self._waiting: list[tuple[set[int], Future[None]]] = []
 
     def next_task(self) -> Task | None:
@@ -214,15 +215,19 @@ class Load:
             low, high = ranges.get(extent.segment, (first, last))
             ranges[extent.segment] = (min(low, first), max(high, last))
         for segment, (first, last) in ranges.items():
-            nbytes = -(-(last - first) // PAGE_BYTES) * PAGE_BYTES
-            self._populate(segment, first, nbytes)
+            self._populate(segment, first, -(-(last - first) // PAGE_BYTES) * PAGE_BYTES)
         with self._lock:
             self.figures.prefault_thread_s += time.monotonic() - begin
 
     def _populate(self, segment: int, first: int, nbytes: int) -> None:
         """Prefault pages of a segment, with memory that the stock gives back as far as it has any."""
-        if self._stock is not None:
-            self._stock.take(nbytes)
+        pages = {(segment, page) for page in range(first, first + nbytes, PAGE_BYTES)}
+        with self._lock:
+            # Neighbouring tasks share a page; the stock gives for it once.
+            fresh = pages - self._paid
+            self._paid |= fresh
+        if self._stock is not None and fresh:
+            self._stock.take(len(fresh) * PAGE_BYTES)
         while True:
             try:
                 self.segments[segment].prefault(first, nbytes, 1)

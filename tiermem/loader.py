@@ -11,9 +11,14 @@ from collections.abc import Callable
 from tiermem import _native
 from tiermem.errors import Closed
 from tiermem.load import Load, Task
+from tiermem.types import PAGE_BYTES
 
-_BLOCK_BYTES_MOST = 8 << 20
-"""Larger reads do not get closer to the device's limit (measured: 1 to 16 MiB, 1 to 8 threads)."""
+BLOCK_BYTES = 4 << 20
+"""Bytes of a file that one task reads: enough that Python's share of a task does not count, and little enough that the
+threads together read a file nearly from front to back, which devices like."""
+
+_STAGING_BYTES_MOST = PAGE_BYTES
+"""Staging memory of a thread. On one page, a read has few segments; more memory does not make it faster."""
 
 
 class Loader:
@@ -21,8 +26,7 @@ class Loader:
 
     def __init__(self, threads: int, staging_bytes: int, lock: threading.RLock, on_end: Callable[[Load], None]) -> None:
         self.staging_bytes = 0
-        self._per_thread = min(_BLOCK_BYTES_MOST + 2 * 4096, staging_bytes // threads // 4096 * 4096)
-        self.block_bytes = self._per_thread - 2 * 4096
+        self._per_thread = min(_STAGING_BYTES_MOST, staging_bytes // threads // 4096 * 4096)
         self._count = threads
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition(lock)

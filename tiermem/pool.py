@@ -22,7 +22,7 @@ from tiermem.dram import Dram
 from tiermem.errors import CapacityError, Closed, ModelNotFound, Refused, TiermemError, own
 from tiermem.lease import Lease, LeaseTable, Session
 from tiermem.load import Figures, Load, plan_checks, plan_reads, readiness
-from tiermem.loader import Loader
+from tiermem.loader import BLOCK_BYTES, Loader
 from tiermem.migrator import Migrator
 from tiermem.paths import KnownPaths, default_name
 from tiermem.policy import load_policy
@@ -174,7 +174,7 @@ class Pool:
         except TiermemError:
             self._forget_unloaded(record)
             raise
-        tasks = plan_reads(record.manifest, missing, self.loader.block_bytes)
+        tasks = plan_reads(record.manifest, missing, BLOCK_BYTES)
         source = FileSource(record.manifest.files)
         load = Load(record, segments, tasks, source, self.spare.stock, self.lock, self._complete)
         self._loads[record.id] = load

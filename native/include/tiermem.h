@@ -78,8 +78,8 @@ int tm_reader_fd(const tm_reader *reader);                /* the buffered one, f
 int tm_reader_is_direct(const tm_reader *reader);         /* 1 or 0 */
 /* At least so many bytes are in the page cache; `length` only if all are. -ENOSYS before Linux 6.5. */
 int tm_reader_cached(const tm_reader *reader, uint64_t offset, uint64_t length, uint64_t *bytes);
-/* Read ascending, disjoint, non-empty parts that span at most `staging_bytes` less two OS pages. Bytes in the page cache are taken
- * from it; all others are read past it through `staging` (4 KiB aligned; one thread at a time). */
+/* Read ascending, disjoint, non-empty parts. If the page cache holds all that they span, it is taken from there; otherwise
+ * it is read past the cache, in steps through `staging` (aligned to 4 KiB and a multiple of it; one thread at a time). */
 int tm_reader_read(tm_reader *reader, const tm_part *parts, unsigned count, void *staging, uint64_t staging_bytes);
 void tm_reader_close(tm_reader *reader);
 int tm_staging_alloc(uint64_t bytes, void **staging); /* 2 MiB aligned, prefaulted */

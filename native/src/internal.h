@@ -23,6 +23,7 @@ static inline bool tm_within(uint64_t offset, uint64_t length, uint64_t bytes) {
 }
 
 static inline uint64_t tm_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+static inline uint64_t tm_max(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 /* Work on [offset, offset+length): 0 or a negative status. Called by several threads at once. */
 typedef int tm_work(void *argument, uint64_t offset, uint64_t length);

@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import Checkpoint, CheckpointWriter
 from tests.integration.conftest import PoolMaker
 from tiermem import _native
-from tiermem import loader as loader_module
+from tiermem import pool as pool_module
 from tiermem.embedded import EmbeddedPool
 from tiermem.errors import (
     CheckpointChanged,
@@ -71,7 +71,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads of 64 KiB, so that a small checkpoint has many."""
-    monkeypatch.setattr(loader_module, "_BLOCK_BYTES_MOST", 64 << 10)
+    monkeypatch.setattr(pool_module, "BLOCK_BYTES", 64 << 10)
 
 
 class Running:

@@ -46,7 +46,7 @@ def test_defaults(environ: dict[str, str]) -> None:
     assert config.digests == Path("/caches/tiermem/digests")
     assert config.dram % PAGE_BYTES == 0
     assert 0 <= host.memory().usable_bytes // 2 - config.dram < PAGE_BYTES
-    assert (config.spare, config.staging, config.read_threads, config.grace) == (0, 64 << 20, 4, 30.0)
+    assert (config.spare, config.staging, config.read_threads, config.grace) == (0, 64 << 20, 12, 30.0)
     assert (config.backing, config.policy, config.keep, config.log_level) == ("auto", "lru", False, "info")
 
 
@@ -89,7 +89,7 @@ def test_explicit_files_replace_the_standard_ones(environ: dict[str, str], tmp_p
     write(tmp_path / "tiermem.toml", "read_threads = 3\n")
     own = write(tmp_path / "own.toml", 'policy = "own"\n')
     config = load_config(environ=environ, files=[own])
-    assert (config.policy, config.read_threads) == ("own", 4)
+    assert (config.policy, config.read_threads) == ("own", 12)
     with pytest.raises(ConfigError, match=r"absent\.toml"):
         load_config(environ=environ, files=[tmp_path / "absent.toml"])
 
