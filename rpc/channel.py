@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import grpc
+import grpc._channel  # gRPC would import it at the first channel: several ms in the middle of a first call
 
 from tiermem.errors import Closed, DaemonUnreachable, DeadlineExceeded, ProtocolError, TiermemError
 from tiermem.rpc import codec
