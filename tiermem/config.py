@@ -254,7 +254,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("log_level", _choice(*get_args(LogLevel)), lambda environ: "info", "--log-level", "TIERMEM_LOG_LEVEL",
            "Least severe messages that are logged."),
 )  # fmt: skip
-"""The table. `docs/cli.md` and `tiermem doctor --config` print it."""
+"""The table. `tiermem doctor --config` prints it."""
 
 BY_KEY: Mapping[str, Option] = {option.key: option for option in OPTIONS}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,7 +12,7 @@ import pytest
 
 from tests.integration.child import eventually
 from tests.integration.daemon import Daemon
-from tests.integration.weights import Weights, layer, write_weights
+from tests.integration.weights import Weights, layer
 from tiermem.errors import (
     AccessDenied,
     CheckpointNotFound,
@@ -64,25 +63,6 @@ class Caller:
     def __exit__(self, *_: object) -> None:
         self._channel.close()
         self.descriptors.close()
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Daemon]:
-    with Daemon() as daemon:
-        yield daemon
-        assert "Traceback" not in daemon.log
-
-
-@pytest.fixture
-def weights(daemon: Daemon, tmp_path: Path) -> Iterator[Weights]:
-    """Afterwards nobody has a lease, and the daemon serves them."""
-    written = write_weights(tmp_path / tmp_path.name)
-    yield written
-    assert daemon.serves(written)
-    eventually(lambda: daemon.leases() == 0, "all leases ended")
-    with daemon.client() as client:
-        for model in client.status()["models"]:
-            client.remove(model["name"])
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import msgpack
 import pytest
@@ -20,21 +19,6 @@ from tiermem.rpc import messages
 from tiermem.rpc.channel import Channel
 
 CONNECTIONS = 200
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Daemon]:
-    with Daemon() as daemon:
-        yield daemon
-        assert "Traceback" not in daemon.log
-
-
-@pytest.fixture
-def weights(daemon: Daemon, tmp_path: Path) -> Iterator[Weights]:
-    written = write_weights(tmp_path / tmp_path.name)
-    yield written
-    assert daemon.serves(written)
-    eventually(lambda: daemon.leases() == 0, "all leases ended")
 
 
 def connect(daemon: Daemon, ending: str = ".fd") -> socket.socket:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from safetensors.torch import save_file
 import tiermem.numpy
 import tiermem.torch
 from tests.hostile.checkpoints import entry, header_text, write_file
-from tiermem import errors, opening
-from tiermem.config import load_config
+from tiermem import errors
 from tiermem.embedded import EmbeddedPool
 from tiermem.safe_open import FileRefused, ReaderError, safe_open, safe_open_handle
 
@@ -49,18 +47,6 @@ INDEXES: list[Any] = [
     (..., 0), (..., -9), (..., 9), (0, ...), (0, ..., 9), (..., ...), (..., slice(0, 9, 2)), (0, 0, ..., 0),
     (None, 0), (0, None), (9, -9), (9, "x"), ((0, 1),), (0, [1]), ([],),
 ]  # fmt: skip
-
-
-@pytest.fixture
-def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedPool]:
-    """The pool that readers of this process use, all to this test."""
-    monkeypatch.setenv("TIERMEM_ADDRESS", f"unix:{tmp_path}/none.sock")
-    monkeypatch.setenv("TIERMEM_DIGESTS", str(tmp_path / "digests"))
-    monkeypatch.setenv("TIERMEM_DRAM", "256MiB")
-    with EmbeddedPool(load_config()) as pool:
-        monkeypatch.setattr(opening, "_own", pool)
-        monkeypatch.setattr(opening, "_own_pid", os.getpid())
-        yield pool
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,6 @@ TENSORS = {
     "s": torch.tensor(3.0),
 }
 LEASE_ENDS_WITHIN_S = 5.0
-
-
-@pytest.fixture
-def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedPool]:
-    """The pool that readers of this process use, all to this test; it keeps models without readers."""
-    monkeypatch.setenv("TIERMEM_ADDRESS", f"unix:{tmp_path}/none.sock")
-    monkeypatch.setenv("TIERMEM_DIGESTS", str(tmp_path / "digests"))
-    monkeypatch.setenv("TIERMEM_DRAM", "256MiB")
-    with EmbeddedPool(load_config()) as pool:
-        monkeypatch.setattr(opening, "_own", pool)
-        monkeypatch.setattr(opening, "_own_pid", os.getpid())
-        yield pool
 
 
 @pytest.fixture
