@@ -4,7 +4,7 @@ the `root` marker, which skips by name what needs CAP_SYS_ADMIN."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from tiermem.config import Config, load_config
+
+NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
+FREE_HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
 CAP_SYS_ADMIN = 21
 """capability.h; a bit of `CapEff`."""
@@ -120,3 +123,17 @@ def damage() -> Callable[[Path, int], None]:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     return flip
+
+
+@pytest.fixture
+def reserved() -> Iterator[int]:
+    """Eight more reserved 2 MiB pages; gives how many are free, and the host its number back."""
+    before = NR_HUGEPAGES.read_text()
+    try:
+        NR_HUGEPAGES.write_text(str(int(before) + 8))
+        free = int(FREE_HUGEPAGES.read_text())
+        if free < 8:
+            pytest.skip("the host has no eight whole 2 MiB pages to reserve")
+        yield free
+    finally:
+        NR_HUGEPAGES.write_text(before)

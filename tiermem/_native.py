@@ -28,8 +28,7 @@ _NEXT = {
     errno.ENOSPC: "evict a model or give the tier more capacity",
     errno.ENOMEM: "evict a model, or reserve more 2 MiB OS pages where hugetlb is used",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.EOPNOTSUPP: "segments on reserved 2 MiB pages have no copy-on-write; open with writable=False, or serve with "
-    "--backing shm",
+    errno.EOPNOTSUPP: "reserved 2 MiB pages have no copy-on-write; map them read-only",
     E_SHORT: "the file changed or was truncated; load it again",
 }
 
@@ -209,26 +208,29 @@ class Range(_Handle):
 
     noun = "range"
 
-    def __init__(self, handle: Any, *, cow: bool, on_release: Callable[[], None] | None) -> None:
+    def __init__(self, handle: Any, *, cow: bool) -> None:
         self.nbytes: int = lib.tm_range_bytes(handle)
         self.cow = cow
+        # Shared with the destructor, which must not hold the wrapper itself.
+        self._callbacks = callbacks = list[Callable[[], None]]()
 
         def release(range_: Any) -> None:
             lib.tm_range_release(range_)
-            if on_release is not None:
-                on_release()
+            for callback in callbacks:
+                callback()
 
         super().__init__(handle, release, f"of {self.nbytes} bytes")
 
     @classmethod
-    def reserve(cls, nbytes: int, *, cow: bool = False, on_release: Callable[[], None] | None = None) -> Range:
-        """Addresses for `nbytes`, rounded up to pages, 2 MiB aligned. Raises NativeError.
-
-        `on_release` is called once the memory is unmapped, possibly from inside a garbage collection.
-        """
+    def reserve(cls, nbytes: int, *, cow: bool = False) -> Range:
+        """Addresses for `nbytes`, rounded up to pages, 2 MiB aligned. Raises NativeError."""
         made = ffi.new("tm_range **")
         check(lib.tm_range_reserve(nbytes, made), f"cannot reserve {nbytes} bytes of addresses")
-        return cls(made[0], cow=cow, on_release=on_release)
+        return cls(made[0], cow=cow)
+
+    def on_release(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called once the memory is unmapped, possibly from inside a garbage collection."""
+        self._callbacks.append(callback)
 
     @property
     def address(self) -> int:

@@ -5,6 +5,8 @@ Owns one mapping of all segments side by side, and through it the lease. Never c
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,10 +17,13 @@ import numpy.typing as npt
 
 from tiermem import _native
 from tiermem.dtypes import numpy_dtype
-from tiermem.errors import Closed, Refused, TensorNotFound
+from tiermem.errors import Closed, NativeError, Refused, TensorNotFound
 from tiermem.types import CheckpointFile, Manifest, TensorInfo
+from tiermem.units import format_bytes
 
 _MAPPINGS_PER_FETCH = 128
+
+_log = logging.getLogger(__name__)
 
 
 class LeaseHolder(Protocol):
@@ -182,14 +187,37 @@ def _mapped(holder: LeaseHolder, writable: bool) -> tuple[list[int], memoryview]
         starts.append(starts[-1] + segment.page_bytes)
     if starts[-1] == 0:
         return starts, memoryview(b"")
-    range_ = _native.Range.reserve(starts[-1], cow=writable, on_release=holder.release)
+    try:
+        mapping = _mapping(holder, starts, cow=writable)
+    except NativeError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return starts, _private_copy(holder, starts)
+    mapping.on_release(holder.release)
+    return starts, mapping.buffer()
+
+
+def _mapping(holder: LeaseHolder, starts: Sequence[int], cow: bool) -> _native.Range:
+    mapping = _native.Range.reserve(starts[-1], cow=cow)
     numbers = range(len(holder.manifest.segments))
     for first in range(0, len(numbers), _MAPPINGS_PER_FETCH):
         fds = holder.descriptors(numbers[first : first + _MAPPINGS_PER_FETCH])
         try:
             for number, fd in fds.items():
-                range_.map(starts[number], fd, starts[number + 1] - starts[number])
+                mapping.map(starts[number], fd, starts[number + 1] - starts[number])
         finally:
             for fd in fds.values():
                 os.close(fd)
-    return starts, range_.buffer()
+    return mapping
+
+
+def _private_copy(holder: LeaseHolder, starts: Sequence[int]) -> memoryview:
+    """Writable memory where segments lie on reserved 2 MiB pages, which have no copy-on-write. Waits for the load."""
+    _log.warning("%s is copied (%s): its pool is on hugetlb; open it with writable=False, or serve with --backing shm",
+                 holder.name, format_bytes(starts[-1]))  # fmt: skip
+    shared = _mapping(holder, starts, cow=False)
+    holder.wait(None, None)
+    copy = np.empty(starts[-1], np.uint8)
+    _native.copy(copy.ctypes.data, shared.address, copy.nbytes, threads=2)
+    weakref.finalize(copy, holder.release).atexit = False
+    return copy.data

@@ -14,31 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.conftest import CAP_SYS_ADMIN, has_capability
+from tests.conftest import CAP_SYS_ADMIN, FREE_HUGEPAGES, NR_HUGEPAGES, has_capability
 from tiermem import _native, segment
 from tiermem.errors import CapacityError, ConfigError, NativeError, Refused
 from tiermem.segment import Backing, allocate, open_backing
 from tiermem.types import PAGE_BYTES
 
 CAPACITY = 4 * PAGE_BYTES
-NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
-FREE_HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
 Opener = Callable[..., Backing]
-
-
-@pytest.fixture
-def reserved() -> Iterator[int]:
-    """Eight more reserved 2 MiB pages; gives how many are free, and the host its number back."""
-    before = NR_HUGEPAGES.read_text()
-    try:
-        NR_HUGEPAGES.write_text(str(int(before) + 8))
-        free = int(FREE_HUGEPAGES.read_text())
-        if free < 8:
-            pytest.skip("the host has no eight whole 2 MiB pages to reserve")
-        yield free
-    finally:
-        NR_HUGEPAGES.write_text(before)
 
 
 @pytest.fixture
