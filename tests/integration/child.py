@@ -125,7 +125,7 @@ def rights_of(uid: int) -> tuple[str, ...]:
     return rights
 
 
-def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 2.0) -> None:
+def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
     """Return as soon as `condition()` is true; fail with `what` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
