@@ -4,6 +4,7 @@ the `root` marker, which skips by name what needs CAP_SYS_ADMIN."""
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,3 +138,11 @@ def reserved() -> Iterator[int]:
         yield free
     finally:
         NR_HUGEPAGES.write_text(before)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Return as soon as the condition is true; fail after 10 s."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true within 10 s"
+        time.sleep(0.002)

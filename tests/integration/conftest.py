@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.conftest import ConfigMaker
+from tests.integration.gate import Gate
+from tiermem import pool as pool_module
 from tiermem.embedded import EmbeddedPool
 
 PoolMaker = Callable[..., EmbeddedPool]
@@ -26,3 +28,14 @@ def embedded(config: ConfigMaker) -> Iterator[PoolMaker]:
         if not pool._closed:
             pool._pool.check()
         pool.close()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads of 64 KiB, so that a small checkpoint has many."""
+    monkeypatch.setattr(pool_module, "BLOCK_BYTES", 64 << 10)

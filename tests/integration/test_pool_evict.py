@@ -4,51 +4,26 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from blake3 import blake3
 
-from tests.conftest import Checkpoint, CheckpointWriter
+from tests.conftest import CheckpointWriter, until
 from tests.integration.conftest import PoolMaker
+from tests.integration.gate import in_tmpfs, model_status, used
 from tiermem.embedded import EmbeddedPool
-from tiermem.errors import CapacityError, ConfigError, ModelNotFound, ReadError, Refused
-from tiermem.source.file import FileSource
+from tiermem.errors import CapacityError, ConfigError, ModelNotFound, Refused
 from tiermem.types import PAGE_BYTES
 
 MIB = 1 << 20
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true within 10 s"
-        time.sleep(0.002)
-
-
-def status_of(pool: EmbeddedPool, name: str) -> dict[str, Any]:
-    (status,) = pool.status(name)["models"]
-    return status  # type: ignore[no-any-return]
-
-
-def used(pool: EmbeddedPool) -> int:
-    return int(pool.status()["tiers"][0]["used_bytes"])
-
-
 def resident(pool: EmbeddedPool) -> dict[str, int]:
     return {model["name"]: model["resident_bytes"] // PAGE_BYTES for model in pool.status()["models"]}
-
-
-def in_tmpfs(pool: EmbeddedPool) -> int:
-    """Bytes that the pool's file system really holds."""
-    facts = os.fstatvfs(pool._pool.dram.backing._dirfd)
-    return (facts.f_blocks - facts.f_bfree) * facts.f_frsize
 
 
 def test_an_evicted_model_stays_known_and_comes_back(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
@@ -57,11 +32,11 @@ def test_an_evicted_model_stays_known_and_comes_back(embedded: PoolMaker, checkp
     assert pool.evict("model") == 3 * PAGE_BYTES
     assert pool.evict("model") == 0
     assert used(pool) == 0
-    status = status_of(pool, "model")
+    status = model_status(pool, "model")
     assert (status["state"], status["ready_bytes"], set(status["residency"].values())) == ("disk", 0, {"disk"})
     with pool.open("model") as model:
         assert written.same(model)
-    assert status_of(pool, "model")["last_load"]["read_bytes"] == written.nbytes
+    assert model_status(pool, "model")["last_load"]["read_bytes"] == written.nbytes
 
 
 def test_only_what_is_missing_is_read_again(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
@@ -70,7 +45,7 @@ def test_only_what_is_missing_is_read_again(embedded: PoolMaker, checkpoint: Che
     pool.load(first.path)
     pool.load(second.path)
     assert resident(pool) == {"first": 3, "second": 2}, "one layer had to go for the second model, and no more"
-    assert status_of(pool, "first")["residency"] == {
+    assert model_status(pool, "first")["residency"] == {
         "model.layers.0": "dram", "model.layers.1": "dram", "model.layers.2": "dram", "model.layers.3": "disk"
     }  # fmt: skip
     assert pool.status()["pool"]["evicted_bytes"] == PAGE_BYTES
@@ -78,7 +53,7 @@ def test_only_what_is_missing_is_read_again(embedded: PoolMaker, checkpoint: Che
     with pool.open("first") as model:
         assert first.same(model)
     layer = sum(array.nbytes for name, array in first.tensors.items() if ".3." in name)
-    assert status_of(pool, "first")["last_load"]["read_bytes"] == layer
+    assert model_status(pool, "first")["last_load"]["read_bytes"] == layer
 
 
 def test_the_model_that_was_used_longest_ago_goes_first(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
@@ -164,7 +139,7 @@ def test_a_partly_evicted_model_comes_back_to_many_readers(embedded: PoolMaker, 
             thread.join(20)
         assert right == [True] * 6 * (round_ + 1)
         until(lambda: pool.status()["pool"]["leases"] == 0)
-        assert status_of(pool, "wanted")["last_load"]["read_bytes"] == written.nbytes // 2
+        assert model_status(pool, "wanted")["last_load"]["read_bytes"] == written.nbytes // 2
         pool._pool.check()
 
 
@@ -326,118 +301,3 @@ def test_a_load_gets_its_memory_although_the_stock_had_filled_the_tier(
     with pool.open(written.path) as model:
         assert written.same(model)
     assert len(calls) > 1
-
-
-# --- everything at once -----------------------------------------------------------------------------------------------
-
-
-class Crowd:
-    """Threads that open, read, load, evict, pin and remove at random, and verify what they read."""
-
-    def __init__(self, pool: EmbeddedPool, models: list[Checkpoint], seconds: float) -> None:
-        self.pool = pool
-        self.models = models
-        self.digests = [
-            {name: blake3(array.tobytes()).digest() for name, array in each.tensors.items()} for each in models
-        ]
-        self.until_s = time.monotonic() + seconds
-        self.reads = 0
-        self.refused = 0
-        self.errors: list[BaseException] = []
-
-    def run(self, seed: int, act: Callable[[random.Random], None]) -> None:
-        chance = random.Random(seed)
-        while time.monotonic() < self.until_s and not self.errors:
-            try:
-                act(chance)
-            except (CapacityError, Refused, ModelNotFound):
-                self.refused += 1
-            except BaseException as error:
-                self.errors.append(error)
-
-    def read(self, chance: random.Random) -> None:
-        number = chance.randrange(len(self.models))
-        model = self.pool.open(self.models[number].path)
-        names = chance.sample(sorted(model), 3)
-        for name in names:
-            array = model[name]
-            assert blake3(array.tobytes()).digest() == self.digests[number][name], name
-            self.reads += 1
-        if chance.random() < 0.5:
-            model.close()
-            assert blake3(array.tobytes()).digest() == self.digests[number][names[-1]]
-
-    def load(self, chance: random.Random) -> None:
-        self.pool.load(chance.choice(self.models).path)
-
-    def disturb(self, chance: random.Random) -> None:
-        name = chance.choice(self.models).path.name
-        if chance.random() < 0.3:
-            self.pool.pin(name)
-            self.pool.unpin(name)
-        chance.choice((self.pool.evict, self.pool.remove, self.pool.status))(name)
-        time.sleep(0.002)
-
-
-def test_a_crowd_that_wants_more_than_fits(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
-    models = [checkpoint(f"m{i}", layers=2 + i % 3, kib=32 + 200 * (i % 2), seed=i) for i in range(6)]
-    pool = embedded(dram=9 * PAGE_BYTES, spare="4MiB", read_threads=3)
-    crowd = Crowd(pool, models, seconds=4)
-    acts = [crowd.read] * 5 + [crowd.load] * 2 + [crowd.disturb]
-    threads = [threading.Thread(target=crowd.run, args=each, daemon=True) for each in enumerate(acts)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not any(thread.is_alive() for thread in threads), "a deadlock"
-    assert crowd.errors == []
-    assert crowd.reads > 100
-    gc.collect()
-    until(lambda: pool.status()["pool"]["leases"] == 0 and not pool._pool.loads())
-    pool._pool.check()
-    status = pool.status()
-    assert used(pool) == sum(model["resident_bytes"] for model in status["models"]) <= 9 * PAGE_BYTES
-    if status["pool"]["backing"] == "tmpfs":
-        until(lambda: in_tmpfs(pool) <= 9 * PAGE_BYTES)
-
-
-def test_loads_that_fail_at_random_leave_nothing_wrong(
-    embedded: PoolMaker, checkpoint: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every fifth read fails: whoever gets bytes gets right ones, and the books balance."""
-    models = [checkpoint(f"m{i}", layers=3, seed=i) for i in range(4)]
-    pool = embedded(dram=8 * PAGE_BYTES, read_threads=3)
-    read, chance, lock = FileSource.read, random.Random(7), threading.Lock()
-
-    def flaky(source: FileSource, *args: Any) -> None:
-        with lock:
-            bad = chance.random() < 0.2
-        if bad:
-            raise ReadError("a bad sector")
-        read(source, *args)
-
-    monkeypatch.setattr(FileSource, "read", flaky)
-    crowd = Crowd(pool, models, seconds=2)
-    failures: list[ReadError] = []
-
-    def read_or_fail(chance: random.Random) -> None:
-        try:
-            crowd.read(chance)
-        except ReadError as error:
-            failures.append(error)
-
-    acts = [read_or_fail] * 5 + [crowd.disturb]
-    threads = [threading.Thread(target=crowd.run, args=each, daemon=True) for each in enumerate(acts)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not any(thread.is_alive() for thread in threads), "a deadlock"
-    assert crowd.errors == []
-    assert crowd.reads > 50
-    assert failures
-    failures.clear()
-    gc.collect()
-    until(lambda: pool.status()["pool"]["leases"] == 0 and not pool._pool.loads())
-    pool._pool.check()
-    assert used(pool) == sum(model["resident_bytes"] for model in pool.status()["models"])

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,18 +15,11 @@ import numpy as np
 import pytest
 
 import tiermem
-from tests.conftest import CheckpointWriter, ConfigMaker
+from tests.conftest import CheckpointWriter, ConfigMaker, until
 from tests.integration.conftest import PoolMaker
 from tiermem.embedded import EmbeddedPool
 from tiermem.errors import CheckpointNotFound, Closed, ConfigError, ModelNotFound, Refused
 from tiermem.types import PAGE_BYTES
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true within 10 s"
-        time.sleep(0.002)
 
 
 def names(pool: EmbeddedPool) -> list[str]:

@@ -1,10 +1,8 @@
-"""Loads and their loader: every byte once, wanted ones first, and whoever waits is told."""
+"""Loads: every byte once, wanted ones first, and whoever waits is told."""
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,36 +11,11 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.load_bench import KIB, LAYERS, Bench, manifest_of, record_of
 from tiermem import _native
-from tiermem.catalog import ModelRecord
-from tiermem.checkpoint.layout import RawTensor, lay_out
-from tiermem.errors import CapacityError, CheckpointChanged, Closed, DigestMismatch, NativeError, ReadError
-from tiermem.load import Load, Task, plan_checks, plan_reads, readiness
-from tiermem.loader import Loader
-from tiermem.types import PAGE_BYTES, CheckpointFile, Manifest
-
-KIB = 1024
-
-
-def manifest_of(sizes: Sequence[Sequence[tuple[int, str]]], header: int = 100) -> Manifest:
-    """A manifest of files, each a list of (bytes, layer) of its tensors, packed behind a header."""
-    raw, layers = [], {}
-    for file, tensors in enumerate(sizes):
-        at = header
-        for i, (nbytes, layer) in enumerate(tensors):
-            raw.append(RawTensor(f"{file}.{i}", "U8", (nbytes,), file, at, nbytes))
-            layers[f"{file}.{i}"] = layer
-            at += nbytes
-    segments, infos = lay_out(raw, layers)
-    files = tuple(CheckpointFile(f"/weights/{i}", 1, i, 1 << 40, 0, "digest") for i in range(len(sizes)))
-    return Manifest("/weights", "id", files, segments, infos)
-
-
-def record_of(manifest: Manifest) -> ModelRecord:
-    return ModelRecord("model", manifest, [None] * len(manifest.tensors))
-
-
-# --- planning -----------------------------------------------------------------------------------------------------
+from tiermem.errors import CapacityError, CheckpointChanged, DigestMismatch, NativeError, ReadError
+from tiermem.load import plan_checks, plan_reads, readiness
+from tiermem.types import PAGE_BYTES
 
 SIZES = st.lists(
     st.lists(st.tuples(st.sampled_from([0, 1, 5, 4096, 8191, 20_000]) | st.integers(0, 30_000),
@@ -87,82 +60,11 @@ def test_checks_are_of_every_tensor_of_the_segments() -> None:
     assert not any(task.parts for task in tasks)
 
 
-# --- a load by hand -----------------------------------------------------------------------------------------------
-
-
-class Content:
-    """A source whose byte i of file f is known; raises or waits where told."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.reads: list[tuple[int, int]] = []
-        self.error: Exception | None = None
-        self.changed: Exception | None = None
-        self.gate: threading.Semaphore | None = None
-        self.entered = threading.Semaphore(0)
-        self.closed = False
-
-    @staticmethod
-    def bytes_of(file: int, offset: int, length: int) -> bytes:
-        return bytes((file * 89 + at * 7 + at // 251) % 256 for at in range(offset, offset + length))
-
-    def read(self, file: int, parts: Sequence[tuple[int, int, int]], staging: Any) -> None:
-        self.reads.append((self.number or file, parts[0][0]))
-        self.entered.release()
-        if self.gate is not None:
-            assert self.gate.acquire(timeout=10)
-        if self.error is not None:
-            raise self.error
-        for offset, length, destination in parts:
-            ctypes.memmove(destination, self.bytes_of(file, offset, length), length)
-
-    def check(self) -> None:
-        if self.changed is not None:
-            raise self.changed
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class Bench:
-    """A load over anonymous segments, its source, and which segments it completed."""
-
-    def __init__(self, manifest: Manifest, block: int = 4096, stock: Any = None, is_check: bool = False) -> None:
-        self.record = record_of(manifest)
-        self.source = Content()
-        self.completed: list[int] = []
-        self.lock = threading.RLock()
-        self.segments = {
-            i: _native.Segment.create(-1, f"{i}", segment.page_bytes) for i, segment in enumerate(manifest.segments)
-        }
-        tasks = plan_reads(manifest, self.segments, block)
-        if is_check:
-            tasks = plan_checks(self.record, self.segments)
-        self.load = Load(
-            self.record, self.segments, tasks, None if is_check else self.source, stock, self.lock,  # type: ignore[arg-type]
-            lambda load, segment: self.completed.append(segment),
-        )  # fmt: skip
-
-    def tasks(self) -> list[Task]:
-        return list(iter(self.load.next_task, None))
-
-    def bytes_of(self, tensor: int) -> bytes:
-        extent = self.record.manifest.tensors[tensor].extent
-        return bytes(self.segments[extent.segment].buffer()[extent.offset : extent.offset + extent.length])
-
-    def wanted(self, tensor: int) -> bytes:
-        info = self.record.manifest.tensors[tensor]
-        return Content.bytes_of(info.file, info.file_offset, info.nbytes)
-
-
 @pytest.fixture
 def staging() -> Iterator[_native.Staging]:
     made = _native.Staging(64 * KIB)
     yield made
     made.close()
-
-
-LAYERS = manifest_of([[(4096, "a"), (4096, "a"), (9000, "b"), (0, "c")], [(5000, "b"), (1, "c")]], header=4096)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -338,157 +240,6 @@ def test_memory_that_cannot_be_had_is_a_lack_of_capacity(staging: Any, monkeypat
         bench = Bench(manifest_of([[(100, "a")]]), stock=stock)
         with pytest.raises(CapacityError, match=r"model: 2097152 bytes of memory for a could not be had.*--dram"):
             bench.load.perform(bench.tasks()[0], staging)
-
-
-# --- the loader ---------------------------------------------------------------------------------------------------
-
-
-class Ends:
-    """What the pool does when a load has ended."""
-
-    def __init__(self) -> None:
-        self.loads: list[Load] = []
-
-    def __call__(self, load: Load) -> None:
-        self.loads.append(load)
-        load.end(load.error)
-
-
-@pytest.fixture
-def make_loader() -> Iterator[Callable[..., tuple[Loader, Ends]]]:
-    made: list[Loader] = []
-
-    def make(threads: int = 1, staging_bytes: int = 1 << 20, lock: Any = None) -> tuple[Loader, Ends]:
-        ends = Ends()
-        made.append(Loader(threads, staging_bytes, lock or threading.RLock(), ends))
-        return made[-1], ends
-
-    yield make
-    for each in made:
-        each.close()
-
-
-def sharing(bench: Bench, others: Sequence[Bench]) -> None:
-    for other in others:
-        other.lock = other.load._lock = bench.lock
-
-
-def rss_bytes() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * 4096
-
-
-@pytest.mark.parametrize(
-    ("threads", "staging_bytes"),
-    [(1, 1 << 20), (3, (1 << 20) + 4096), (4, 64 << 20), (7, 20 << 20), (64, 1 << 20), (64, 64 << 20), (1, 1 << 30)],
-)
-def test_staging_stays_within_its_budget(
-    make_loader: Callable[..., tuple[Loader, Ends]], threads: int, staging_bytes: int
-) -> None:
-    before = rss_bytes()
-    made, _ = make_loader(threads, staging_bytes)
-    made.start()
-    assert 0 < made.staging_bytes <= staging_bytes
-    assert rss_bytes() - before <= staging_bytes + threads * 64 * KIB, "as memory, not as a number only"
-
-
-def test_wanted_tensors_of_any_load_go_first_then_the_oldest_load(
-    make_loader: Callable[..., tuple[Loader, Ends]],
-) -> None:
-    old, new = (Bench(manifest_of([[(4096, f"{i}") for i in range(3)]], header=4096)) for _ in range(2))
-    sharing(old, [new])
-    gate = old.source.gate = new.source.gate = threading.Semaphore(0)
-    new.source.entered = old.source.entered
-    new.source.reads = old.source.reads
-    new.source.number = 1
-    made, ends = make_loader(1, 1 << 20, old.lock)
-    made.start()
-    made.add(old.load)
-    assert old.source.entered.acquire(timeout=10)
-    made.add(new.load)
-    with old.lock:
-        wanted = new.load.when_ready([2])
-    for _ in range(6):
-        gate.release()
-    assert wanted.result(10) is None
-    assert new.load.finished.result(10) is None
-    assert [(number, at // 4096) for number, at in old.source.reads] == [(0, 1), (1, 3), (0, 2), (0, 3), (1, 1), (1, 2)]
-    assert ends.loads == [old.load, new.load]
-
-
-def test_a_load_that_fails_leaves_the_threads_to_the_next(make_loader: Callable[..., tuple[Loader, Ends]]) -> None:
-    bad, good = Bench(LAYERS), Bench(LAYERS)
-    sharing(bad, [good])
-    bad.source.error = ReadError("the disk")
-    made, ends = make_loader(2, 1 << 20, bad.lock)
-    made.start()
-    made.add(bad.load)
-    with pytest.raises(ReadError, match="the disk"):
-        bad.load.finished.result(10)
-    made.add(good.load)
-    assert good.load.finished.result(10) is None
-    assert ends.loads == [bad.load, good.load]
-    assert made.loads == ()
-    assert len(bad.source.reads) <= 2, "nothing more was read after the failure"
-
-
-def test_a_load_without_tasks_ends_at_once(make_loader: Callable[..., tuple[Loader, Ends]]) -> None:
-    bench = Bench(manifest_of([[]]))
-    made, ends = make_loader(1, 1 << 20, bench.lock)
-    made.add(bench.load)
-    assert bench.load.finished.result(0) is None
-    assert ends.loads == [bench.load]
-
-
-def test_closing_ends_what_is_under_way_and_fails_what_is_not(make_loader: Callable[..., tuple[Loader, Ends]]) -> None:
-    first, second = Bench(LAYERS), Bench(LAYERS)
-    sharing(first, [second])
-    first.source.gate = threading.Semaphore(0)
-    made, _ = make_loader(1, 1 << 20, first.lock)
-    made.start()
-    made.add(first.load)
-    made.add(second.load)
-    assert first.source.entered.acquire(timeout=10)
-    closer = threading.Thread(target=made.close)
-    closer.start()
-    while not made._closed:
-        pass
-    first.source.gate.release()
-    closer.join(10)
-    assert not closer.is_alive()
-    for load in (first.load, second.load):
-        with pytest.raises(Closed, match="the pool closed while model was loading"):
-            load.finished.result(0)
-    assert second.source.reads == []
-
-
-def test_a_load_that_comes_after_the_closing_fails_and_is_not_forgotten(
-    make_loader: Callable[..., tuple[Loader, Ends]],
-) -> None:
-    bench = Bench(LAYERS)
-    made, ends = make_loader(1, 1 << 20, bench.lock)
-    made.close()
-    made.start()
-    assert made._threads == []
-    made.add(bench.load)
-    with pytest.raises(Closed):
-        bench.load.finished.result(5)
-    assert ends.loads == [bench.load]
-
-
-def test_staging_that_cannot_be_had_is_told_to_who_starts(
-    make_loader: Callable[..., tuple[Loader, Ends]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none_left(nbytes: int) -> None:
-        raise NativeError(f"cannot allocate {nbytes} bytes of staging memory: Cannot allocate memory", 12)
-
-    made, _ = make_loader(2)
-    with monkeypatch.context() as patch:
-        patch.setattr(_native, "Staging", none_left)
-        with pytest.raises(NativeError, match="staging memory"):
-            made.start()
-    made.start()
-    assert len(made._threads) == 2
 
 
 def test_everyone_gets_an_error_of_his_own() -> None:

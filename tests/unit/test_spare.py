@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import until
 from tiermem.segment import Backing, open_backing
 from tiermem.spare import Spare
 from tiermem.types import PAGE_BYTES
@@ -20,13 +20,6 @@ def backing() -> Iterator[Backing]:
     made = open_backing("memfd", None, 256 * MIB)
     yield made
     made.close(keep=False)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true within 10 s"
-        time.sleep(0.002)
 
 
 class Room:
