@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,6 @@ class Client:
         self._lock = threading.Lock()
         self._leases: dict[str, str] = {}
         self._closed = False
-        self._manifests: dict[str, tuple[bytes, Manifest]] = {}
         self._session: _Session | None = _Session(self.address, {})
         self._agent = Agent("tiermem-agent")
         self._watch(self._session)
@@ -89,7 +88,7 @@ class Client:
         reply = self._call("Open", m.OpenRequest(path, name, dict(layers) if layers else None), session)
         with self._lock:
             self._leases[reply.lease_id] = reply.model_id
-        return Model(_Holder(self, session, reply, self._manifest(reply)), writable)
+        return Model(_Holder(self, session, reply), writable)
 
     def load(
         self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None
@@ -216,21 +215,20 @@ class Client:
         if known is not None and session is not None:
             session.channel.call("Release", m.ReleaseRequest(lease_id))
 
-    def _manifest(self, reply: m.OpenReply) -> Manifest:
-        """The reply's manifest; decoded once per model, since engines open one model many times."""
-        known = self._manifests.get(reply.model_id)
-        if known is None or known[0] != reply.manifest:
-            known = self._manifests[reply.model_id] = (reply.manifest, decode_manifest(reply.manifest))
-        return known[1]
+
+@lru_cache(maxsize=64)
+def _manifest(encoded: bytes) -> Manifest:
+    """Decoded once per model, since engines open one model many times."""
+    return decode_manifest(encoded)
 
 
 class _Holder:
     """A lease on a model of a daemon."""
 
-    def __init__(self, client: Client, session: _Session, reply: m.OpenReply, manifest: Manifest) -> None:
+    def __init__(self, client: Client, session: _Session, reply: m.OpenReply) -> None:
         self.name = reply.name
         self.model_id = reply.model_id
-        self.manifest = manifest
+        self.manifest = _manifest(reply.manifest)
         self.files = reply.files
         self.ready = self._unpacked(reply.ready)
         self._client = client
@@ -274,6 +272,6 @@ def daemon_answers(address: str) -> bool:
     """Whether a daemon listens at `address`."""
     try:
         DescriptorClient(str(descriptor_path(socket_path(address))), timeout_s=1.0).close()
-    except (DaemonUnreachable, TiermemError):
+    except TiermemError:
         return False
     return True

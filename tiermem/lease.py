@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tiermem.errors import Refused
 
@@ -16,8 +15,6 @@ class Session:
 
     pid: int
     uid: int
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
-    since_s: float = field(default_factory=time.time)
     ended: bool = False
 
 

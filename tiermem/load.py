@@ -265,7 +265,6 @@ class Load:
         known = self.record.digests[tensor]
         if known is not None and known != digest:
             raise self._mismatch(info, digest, known)
-        segment_complete = False
         with self._lock:
             self.record.digests[tensor] = digest
             self.record.ready[tensor] = True

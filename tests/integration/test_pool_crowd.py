@@ -6,7 +6,7 @@ import gc
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -36,6 +36,16 @@ class Crowd:
         self.reads = 0
         self.refused = 0
         self.errors: list[BaseException] = []
+
+    def rush(self, acts: Sequence[Callable[[random.Random], None]]) -> None:
+        """Each act again and again on a thread of its own, until the time is over."""
+        threads = [threading.Thread(target=self.run, args=each, daemon=True) for each in enumerate(acts)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in threads), "a deadlock"
+        assert self.errors == []
 
     def run(self, seed: int, act: Callable[[random.Random], None]) -> None:
         chance = random.Random(seed)
@@ -75,14 +85,7 @@ def test_a_crowd_that_wants_more_than_fits(embedded: PoolMaker, checkpoint: Chec
     models = [checkpoint(f"m{i}", layers=2 + i % 3, kib=32 + 200 * (i % 2), seed=i) for i in range(6)]
     pool = embedded(dram=9 * PAGE_BYTES, spare="4MiB", read_threads=3)
     crowd = Crowd(pool, models, seconds=4)
-    acts = [crowd.read] * 5 + [crowd.load] * 2 + [crowd.disturb]
-    threads = [threading.Thread(target=crowd.run, args=each, daemon=True) for each in enumerate(acts)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not any(thread.is_alive() for thread in threads), "a deadlock"
-    assert crowd.errors == []
+    crowd.rush([crowd.read] * 5 + [crowd.load] * 2 + [crowd.disturb])
     assert crowd.reads > 100
     gc.collect()
     until(lambda: pool.status()["pool"]["leases"] == 0 and not pool._pool.loads())
@@ -118,14 +121,7 @@ def test_loads_that_fail_at_random_leave_nothing_wrong(
         except ReadError as error:
             failures.append(error)
 
-    acts = [read_or_fail] * 5 + [crowd.disturb]
-    threads = [threading.Thread(target=crowd.run, args=each, daemon=True) for each in enumerate(acts)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not any(thread.is_alive() for thread in threads), "a deadlock"
-    assert crowd.errors == []
+    crowd.rush([read_or_fail] * 5 + [crowd.disturb])
     assert crowd.reads > 50
     assert failures
     failures.clear()
