@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import open_files
 from tests.hostile.checkpoints import CORPUS, Case, write_good
 from tiermem.checkpoint import open_checkpoint
 from tiermem.errors import AccessDenied, TiermemError
@@ -19,7 +20,7 @@ NOBODY = 65534
 @pytest.mark.parametrize("case", CORPUS.values(), ids=CORPUS)
 def test_bad_checkpoint_is_refused(case: Case, tmp_path: Path) -> None:
     path = case.build(tmp_path)
-    descriptors = os.listdir("/proc/self/fd")
+    files = open_files()
     start = time.perf_counter()
     with pytest.raises(TiermemError) as caught:
         open_checkpoint(path)
@@ -30,7 +31,7 @@ def test_bad_checkpoint_is_refused(case: Case, tmp_path: Path) -> None:
     assert str(path) in message
     assert len(message) < 1000 + len(str(path))
     assert message.isprintable()
-    assert os.listdir("/proc/self/fd") == descriptors
+    assert open_files() == files
 
 
 def test_unreadable_file_is_denied(tmp_path: Path) -> None:

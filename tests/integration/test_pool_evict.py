@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import CheckpointWriter, until
+from tests.conftest import CheckpointWriter, open_files, until
 from tests.integration.conftest import PoolMaker
 from tests.integration.gate import in_tmpfs, model_status, used
 from tiermem.embedded import EmbeddedPool
@@ -240,10 +239,10 @@ def test_hold_keeps_what_is_there(embedded: PoolMaker, checkpoint: CheckpointWri
 
 
 def test_a_bad_policy_stops_the_start_before_anything_is_made(embedded: PoolMaker, tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(ConfigError, match="no such file"):
         embedded(policy=str(tmp_path / "absent.py"))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 # --- spare memory ---------------------------------------------------------------------------------------------------

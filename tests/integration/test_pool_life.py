@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import tiermem
-from tests.conftest import CheckpointWriter, ConfigMaker, until
+from tests.conftest import CheckpointWriter, ConfigMaker, open_files, until
 from tests.integration.conftest import PoolMaker
 from tiermem.embedded import EmbeddedPool
 from tiermem.errors import CheckpointNotFound, Closed, ConfigError, ModelNotFound, Refused
@@ -233,7 +233,7 @@ def test_a_closed_pool_serves_nothing_more_and_arrays_outlive_it(
     embedded: PoolMaker, checkpoint: CheckpointWriter
 ) -> None:
     written = checkpoint()
-    descriptors = len(os.listdir("/proc/self/fd"))
+    files = open_files()
     with embedded(spare="4MiB") as pool:
         arrays = dict(pool.open(written.path))
     pool.close()
@@ -246,7 +246,7 @@ def test_a_closed_pool_serves_nothing_more_and_arrays_outlive_it(
             call()
     del arrays
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_files() == files
 
 
 def test_an_open_by_name_that_comes_while_the_pool_closes_is_told(

@@ -21,6 +21,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from tests.conftest import open_files
 from tiermem import errors
 from tiermem.rpc import codec, descriptors, frames
 from tiermem.rpc.descriptors import DescriptorClient, DescriptorServer
@@ -82,7 +83,7 @@ def served() -> Iterator[Served]:
     shutil.rmtree(directory)
 
 
-def open_files() -> int:
+def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -132,9 +133,9 @@ def test_the_pool_learns_who_connects_and_when_they_leave(served: Served) -> Non
 @pytest.mark.parametrize("count", [1, 200, 201, 500])
 def test_descriptors_read_the_segments_they_were_asked_for(served: Served, count: int) -> None:
     client = DescriptorClient(served.path)
-    before = open_files()
+    before = len(open_files())
     fds = client.fetch("lease", range(7, 7 + count))
-    assert eventually(lambda: open_files() == before + count), "the server must close its own"
+    assert eventually(lambda: len(open_files()) == before + count), "the server must close its own"
     assert sorted(fds) == list(range(7, 7 + count))
     for index, fd in fds.items():
         assert os.pread(fd, 10, 0) == str(index).encode()
@@ -238,7 +239,7 @@ def test_a_client_that_never_reads_is_cut_off_and_blocks_nobody(
     greedy = raw(served)
     greedy.sendall(HELLO)
     request = frame(codec.encode(DescriptorRequest("lease", (1,))))
-    before = open_files()
+    before = open_descriptors()
     greedy.settimeout(0.2)
     with suppress(TimeoutError):
         while True:
@@ -248,7 +249,7 @@ def test_a_client_that_never_reads_is_cut_off_and_blocks_nobody(
     client.close()
     assert served.left.wait(2)
     greedy.close()
-    assert eventually(lambda: open_files() < before), "the greedy connection and its descriptors are closed"
+    assert eventually(lambda: open_descriptors() < before), "the greedy connection and its descriptors are closed"
 
 
 def test_one_client_too_many_is_refused_until_another_leaves(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,10 +373,10 @@ def test_a_broken_answer_ends_the_connection_and_leaks_no_descriptor(
     path = str(tmp_path / "fd")
     server = FakeServer(path, answers)
     client = DescriptorClient(path, timeout_s=0.3)
-    before = open_files()
+    before = open_descriptors()
     with pytest.raises(kind, match=complaint):
         client.fetch("lease", [1, 2])
     server.join()
-    assert eventually(lambda: open_files() <= before - 2), "both ends of the connection are closed, and all that came"
+    assert eventually(lambda: open_descriptors() <= before - 2), "both ends are closed, and all that came"
     with pytest.raises(errors.Closed, match="connect again"):
         client.fetch("lease", [1, 2])
