@@ -1,0 +1,24 @@
+"""The one door to the native core: opens it, checks every status, and wraps handles. Holds no state of its own.
+
+A wrapper owns its native handle together with every buffer and every call in progress over it: `close` gives up the
+wrapper's share, and the handle is released with the last of them. So closing twice, closing while another thread is
+inside, and closing under a live array are all safe; using a closed wrapper raises Closed.
+"""
+
+from tiermem._native.door import E_ALIGN, E_RANGE, E_SEALED, E_SHORT, PAGE_BYTES, check, ffi, lib, version
+from tiermem._native.files import Reader, Staging
+from tiermem._native.memory import (
+    Range,
+    Segment,
+    Stock,
+    copy,
+    tmpfs_detached,
+    tmpfs_mount,
+    tmpfs_resize,
+    tmpfs_unmount,
+)
+
+__all__ = [
+    "E_ALIGN", "E_RANGE", "E_SEALED", "E_SHORT", "PAGE_BYTES", "Range", "Reader", "Segment", "Staging", "Stock",
+    "check", "copy", "ffi", "lib", "tmpfs_detached", "tmpfs_mount", "tmpfs_resize", "tmpfs_unmount", "version",
+]  # fmt: skip
