@@ -85,6 +85,95 @@ void tm_reader_close(tm_reader *reader);
 int tm_staging_alloc(uint64_t bytes, void **staging); /* 2 MiB aligned, prefaulted */
 void tm_staging_free(void *staging, uint64_t bytes);
 
+/* --- pagemap: which pages of this process's mappings are mapped, and unmapping them to see which come back ---------- */
+typedef struct tm_pagemap tm_pagemap; /* of the process that opened it; of no use after a fork */
+int tm_pagemap_open(tm_pagemap **pagemap); /* -EPERM, -EACCES, -ENOENT where /proc says so */
+int tm_pagemap_scans(const tm_pagemap *pagemap); /* 1: PAGEMAP_SCAN (Linux 6.7); 0: /proc/self/pagemap is read */
+#define TM_PAGE_PRESENT 0x03ff /* OS pages of it that are mapped: 0 to 512 */
+#define TM_PAGE_PRIVATE 0x4000 /* an OS page of it is this process's own and no file's: zapping would lose it */
+#define TM_PAGE_HUGE 0x8000    /* mapped by one 2 MiB entry */
+/* state[i] of page number pages[i] (ascending) of the range at `address`, a multiple of a page. */
+int tm_pagemap_look(tm_pagemap *pagemap, uint64_t address, const uint32_t *pages, uint32_t count, uint16_t *state);
+/* Unmap these pages (ascending): bytes stay in the file, the next touch maps them again. Pages that are pinned in this
+ * mapping (mlock) or not mapped at all are left: done[i] is 1 or 0. pre: looked at just now, none TM_PAGE_PRIVATE */
+int tm_pagemap_zap(tm_pagemap *pagemap, uint64_t address, const uint32_t *pages, uint32_t count, uint8_t *done);
+/* What the touch of this page costs after it was unmapped; does both. -EAGAIN: it cannot be unmapped; -EINVAL before
+ * Linux 5.14. pre: as for tm_pagemap_zap */
+int tm_pagemap_fault_ns(tm_pagemap *pagemap, uint64_t address, uint32_t page, uint64_t *ns);
+/* Keep every `group` pages of [0, pages) a mapping of their own in /proc/self/smaps, or with 0 let the kernel join them. */
+int tm_pagemap_split(tm_pagemap *pagemap, uint64_t address, uint32_t pages, uint32_t group);
+void tm_pagemap_close(tm_pagemap *pagemap);
+
+/* --- ring: samples that the kernel takes, perf_event_open(2) --------------------------------------------------------- */
+typedef struct tm_ring tm_ring; /* one event and its buffer; one thread reads it at a time */
+#define TM_EVENT_EXCLUDE_KERNEL 1
+#define TM_EVENT_INHERIT 2     /* threads and processes that start later; needs a cpu */
+#define TM_EVENT_SIDEBAND 4    /* records of mappings, threads, exec and exits too */
+#define TM_EVENT_ON_EXEC 8     /* enabled by the next exec */
+#define TM_EVENT_MONOTONIC 16  /* TIME is CLOCK_MONOTONIC; costs PEBS its multi-record mode */
+#define TM_EVENT_DISABLED 32   /* until tm_ring_enable */
+typedef struct tm_event {
+    uint32_t type;
+    uint32_t flags;
+    uint64_t config, config1, config2, config3;
+    uint64_t period;
+    uint64_t sample_type;
+    uint32_t precise; /* 0 to 3 */
+    uint32_t breakpoint_type; /* HW_BREAKPOINT_*, with address in config1 and length in config2 */
+} tm_event;
+/* `bytes`: power of two of at least one OS page; `aux_bytes`: the same for devices with an AUX area, else 0. `leader`: the
+ * ring whose group it joins, or NULL. -ENOENT, -EOPNOTSUPP: no such event here; -EACCES, -EPERM: no right; -EBUSY, -ENOSPC:
+ * somebody else's; -EINVAL. */
+int tm_ring_open(const tm_event *event, int32_t pid, int32_t cpu, const tm_ring *leader, uint64_t bytes,
+                 uint64_t aux_bytes, tm_ring **ring);
+int tm_ring_fd(const tm_ring *ring); /* for epoll: readable at a quarter full */
+int tm_ring_enable(tm_ring *ring);
+int tm_ring_disable(tm_ring *ring);
+/* The event's id, its count so far and the samples that found no room; hands over what the hardware still buffers. */
+int tm_ring_count(tm_ring *ring, uint64_t *id, uint64_t *value, uint64_t *lost);
+/* Moves whole records out, oldest first; *got is 0 when it is empty. TM_E_SHORT if the next one exceeds `capacity`. */
+int tm_ring_read(tm_ring *ring, void *records, uint64_t capacity, uint64_t *got);
+int tm_ring_read_aux(tm_ring *ring, void *bytes, uint64_t capacity, uint64_t *got);
+void tm_ring_close(tm_ring *ring);
+
+/* --- samples: records of a ring or of a perf.data file -> rows ------------------------------------------------------- */
+typedef struct tm_sample {
+    uint64_t ip, time, addr, phys_addr, id, stream_id, period, data_src, transaction, cgroup, data_page_size, code_page_size;
+    uint32_t pid, tid, cpu;
+    uint32_t weight;      /* all of WEIGHT's low half, or var1 of WEIGHT_STRUCT */
+    uint16_t weight2;     /* var2: instruction latency */
+    uint16_t weight3;     /* var3: retire latency, p stage */
+    uint16_t misc;        /* of the record's header */
+    uint16_t event;       /* index of its layout */
+} tm_sample;
+typedef struct tm_layout { /* of perf_event_attr */
+    uint64_t sample_type, read_format, branch_sample_type, sample_regs_user, sample_regs_intr;
+} tm_layout;
+typedef struct tm_record { /* one that is no sample */
+    uint64_t offset;
+    uint32_t type;
+    uint16_t misc, size;
+} tm_record;
+typedef struct tm_decoder tm_decoder; /* immutable once open */
+/* Sample k of event ids[k] has layout layouts[of[k]]; with one layout, ids may be empty; with several, a sample of
+ * an unknown id comes out as a tm_record. -EINVAL for bits of newer kernels, and where layouts differ in where the id
+ * is. */
+int tm_decoder_open(const tm_layout *layouts, uint32_t layout_count, const uint64_t *ids, const uint16_t *of,
+                    uint32_t id_count, tm_decoder **decoder);
+/* Decodes records from [bytes, bytes+length) until the end, or until either output is full. *used: bytes of whole records
+ * done; what is left is an incomplete one. TM_E_RANGE: record sizes or counts are nonsense; *used says where. */
+int tm_decoder_decode(const tm_decoder *decoder, const void *bytes, uint64_t length, tm_sample *samples,
+                      uint64_t sample_capacity, tm_record *records, uint64_t record_capacity, uint64_t *used,
+                      uint64_t *sample_count, uint64_t *record_count);
+void tm_decoder_close(tm_decoder *decoder);
+
+/* --- spe: packets of Arm's Statistical Profiling Extension -> rows ---------------------------------------------------- */
+/* A row per record that has a data address; `time` is the record's timestamp in ticks, `weight` the total latency, `weight2`
+ * the issue and `weight3` the translation latency, `data_src` the raw source, `transaction` the events, `id` the operation
+ * type. *used: bytes of whole records done. Bytes that are no packets are skipped and counted in *bad. */
+int tm_spe_decode(const void *bytes, uint64_t length, tm_sample *samples, uint64_t capacity, uint64_t *used, uint64_t *count,
+                  uint64_t *bad);
+
 /* --- copy ------------------------------------------------------------------------------------------------------- */
 int tm_copy(void *destination, const void *source, uint64_t bytes, unsigned threads);
 /* ffi: end */

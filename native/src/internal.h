@@ -31,4 +31,7 @@ typedef int tm_work(void *argument, uint64_t offset, uint64_t length);
 /* Cut [0, bytes) into steps and let up to `threads` threads, the caller among them, take them in ascending order.
  * Returns the first failure, after which no further step begins. */
 int tm_split(uint64_t bytes, uint64_t step, unsigned threads, tm_work *work, void *argument);
+
+/* tm_pagemap_open for a kernel that may lack PAGEMAP_SCAN, or process_madvise on a process's own memory. */
+int tm_pagemap_open_as(bool scans, bool vectored, tm_pagemap **pagemap);
 #endif

@@ -52,6 +52,55 @@ int tm_prim_populate(void *address, uint64_t bytes, int fd, uint64_t offset);
 /* The same for kernels before 5.14. */
 int tm_prim_populate_by_touch(void *address, uint64_t bytes, int fd, uint64_t offset);
 
+/* --- page tables ------------------------------------------------------------------------------------------------ */
+typedef struct tm_os_run { /* alike, neighbouring OS pages that the page tables have an entry for */
+    uint64_t start, end;
+    uint32_t facts;
+} tm_os_run;
+#define TM_OS_FILE 1u /* of a file; without it, memory of this process alone */
+#define TM_OS_HUGE 2u /* mapped by one 2 MiB entry */
+uint64_t tm_prim_process(void);
+uint64_t tm_prim_now_ns(void);
+int tm_prim_pagemap_open(int *fd);
+/* Runs of [start, end), ascending. Fewer than `capacity`: that is all; else ask again from the last one's end.
+ * -ENOTTY before Linux 6.7. pre: OS pages; capacity <= TM_PRIM_RUNS */
+#define TM_PRIM_RUNS 512
+int tm_prim_pagemap_scan(int fd, uint64_t start, uint64_t end, tm_os_run *runs, unsigned capacity, unsigned *count);
+/* The same for all kernels; does not tell TM_OS_HUGE. */
+int tm_prim_pagemap_read(int fd, uint64_t start, uint64_t end, tm_os_run *runs, unsigned capacity, unsigned *count);
+int tm_prim_process_open(int *fd); /* this process, for tm_prim_forget_vector */
+/* Drop the entries of these parts, in order; *done: the bytes of those before the first that failed. Where none was
+ * done: -EINVAL for locked memory, and on kernels (before 6.13) that have no such call for a process's own memory.
+ * pre: 1 <= count <= TM_PRIM_FORGETS; below 2 GiB in all, where the kernel cuts */
+#define TM_PRIM_FORGETS 512
+int tm_prim_forget_vector(int process, const tm_iovec *vector, unsigned count, uint64_t *done);
+int tm_prim_forget(void *address, uint64_t bytes); /* -EINVAL: locked; -ENOMEM: not mapped, or not all */
+int tm_prim_populate_read(void *address, uint64_t bytes); /* map what is there; -EINVAL before Linux 5.14 */
+int tm_prim_dump(void *address, uint64_t bytes, int dumped); /* in core dumps or not: neighbours that differ stay apart */
+
+/* --- perf ------------------------------------------------------------------------------------------------------- */
+struct tm_event;
+/* A ring that the kernel fills. Positions only grow; byte `p` of the stream is at data[p % bytes]. */
+typedef struct tm_buffer {
+    unsigned char *data;
+    uint64_t bytes;       /* a power of two */
+    const uint64_t *head; /* the kernel's: what is before it is written; load-acquire */
+    uint64_t *tail;       /* ours: what is before it may be overwritten; store-release */
+} tm_buffer;
+typedef struct tm_prim_perf {
+    int fd;
+    void *mapping, *aux_mapping;
+    tm_buffer records, aux; /* aux.bytes is 0 where there is none */
+} tm_prim_perf;
+/* Disabled. pre: bytes is a power of two of at least an OS page, and so is aux_bytes, unless it is 0 */
+int tm_prim_perf_open(const struct tm_event *event, int32_t pid, int32_t cpu, int leader, uint64_t bytes,
+                      uint64_t aux_bytes, tm_prim_perf *perf);
+int tm_prim_perf_enable(int fd);
+int tm_prim_perf_disable(int fd);
+/* *lost is UINT64_MAX where the kernel does not count it (before 6.0). */
+int tm_prim_perf_count(int fd, uint64_t *id, uint64_t *value, uint64_t *lost);
+void tm_prim_perf_close(tm_prim_perf *perf);
+
 /* --- file systems ----------------------------------------------------------------------------------------------- */
 int tm_prim_tmpfs_mount(const char *path, uint64_t capacity);
 int tm_prim_tmpfs_resize(const char *path, uint64_t capacity);

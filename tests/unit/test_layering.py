@@ -11,20 +11,23 @@ MAX_LINES = 400
 
 # A room imports from its own layer and from those below; a new room belongs into one of them.
 LAYERS = (
-    {"errors", "types", "units"},
+    {"errors", "observations", "samples", "types", "units"},
     {"_native", "config", "dtypes", "durable", "host", "policy", "rpc"},
-    {"adoption", "catalog", "catalog_files", "checkpoint", "digests", "dram", "lease", "load", "loader", "migrator",
-     "paths", "segment", "source", "spare", "tier", "view"},
+    {"addresses", "adoption", "catalog", "catalog_files", "checkpoint", "data_source", "digests", "dram",
+     "heat", "lease", "load", "loader", "migrator", "paths", "perfdata", "rollup", "sampler", "segment", "source",
+     "spare", "symbols", "tier", "view"},
+    {"journal", "recording"},
+    {"eviction", "statistics"},
     {"pool"},
-    {"server", "status"},
-    {"agent", "client", "embedded", "model", "opening"},
+    {"metrics", "observer", "report", "server", "status"},
+    {"agent", "capture", "client", "embedded", "model", "opening", "reporting"},
     {"numpy", "safe_open", "torch"},
     {"adapters", "bench", "cli", "__init__", "__main__"},
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 # These see less than their layer would let them.
 ONLY = {
-    "_native": {"errors", "types", "units", "_ffi", "_native"},
+    "_native": {"errors", "samples", "types", "units", "_ffi", "_native"},
     "policies": {"policy", "types"},
     "policy": {"errors", "types"},
     "rpc": {"errors", "types", "rpc"},

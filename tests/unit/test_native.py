@@ -56,7 +56,7 @@ def test_constants_agree_with_the_vocabulary() -> None:
 
 def test_header_constants_are_left_to_the_compiler() -> None:
     header = (ROOT / "native" / "include" / "tiermem.h").read_text()
-    values = {name: int(value) for name, value in re.findall(r"#define (TM_\w+) \(?(-?\d+)\)?", header)}
+    values = {name: int(value, 0) for name, value in re.findall(r"#define (TM_\w+) \(?(-?\d\w*)\)?", header)}
     assert {name: getattr(_native.lib, name) for name in values} == values
 
 

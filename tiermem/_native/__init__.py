@@ -9,6 +9,7 @@ from tiermem._native.door import E_ALIGN, E_RANGE, E_SEALED, E_SHORT, PAGE_BYTES
 from tiermem._native.files import Reader, Staging
 from tiermem._native.memory import (
     Range,
+    RangeReference,
     Segment,
     Stock,
     copy,
@@ -17,8 +18,12 @@ from tiermem._native.memory import (
     tmpfs_resize,
     tmpfs_unmount,
 )
+from tiermem._native.pages import HUGE, PRESENT, PRIVATE, Pagemap
+from tiermem._native.perf import RECORD, Count, Decoded, Decoder, Event, Layout, Ring, Spe, decode_spe
 
 __all__ = [
-    "E_ALIGN", "E_RANGE", "E_SEALED", "E_SHORT", "PAGE_BYTES", "Range", "Reader", "Segment", "Staging", "Stock",
+    "E_ALIGN", "E_RANGE", "E_SEALED", "E_SHORT", "HUGE", "PAGE_BYTES", "PRESENT", "PRIVATE",
+    "Pagemap", "Range", "RangeReference", "Reader", "Segment", "Staging", "Stock",
+    "RECORD", "Count", "Decoded", "Decoder", "Event", "Layout", "Ring", "Spe", "decode_spe",
     "check", "copy", "ffi", "lib", "tmpfs_detached", "tmpfs_mount", "tmpfs_resize", "tmpfs_unmount", "version",
 ]  # fmt: skip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from tiermem._native.door import Handle, check, ffi, lib, memory, path_bytes
+from tiermem.errors import Closed
 
 
 def tmpfs_mount(path: str, capacity: int) -> None:
@@ -168,3 +170,29 @@ class Range(Handle):
         """All bytes of the range; writable if it is copy-on-write."""
         handle = self.live()
         return memory(lib.tm_range_address(handle), self.nbytes, handle, writable=self.cow)
+
+    def reference(self) -> RangeReference:
+        """The range without a share in it."""
+        return RangeReference(self)
+
+
+class RangeReference:
+    """A range that others keep mapped, this does not: it has ended once wrapper, buffers and calls are gone."""
+
+    def __init__(self, range_: Range) -> None:
+        handle = range_.live()
+        self.address = int(ffi.cast("uintptr_t", lib.tm_range_address(handle)))
+        self.nbytes = range_.nbytes
+        self.cow = range_.cow
+        self._handle = weakref.ref(handle)
+
+    def live(self) -> Any:
+        """The handle: memory stays mapped for as long as the caller holds it. Raises Closed."""
+        handle = self._handle()
+        if handle is None:
+            raise Closed(f"the range of {self.nbytes} bytes at {self.address:#x} is unmapped; map the model again")
+        return handle
+
+    @property
+    def closed(self) -> bool:
+        return self._handle() is None
