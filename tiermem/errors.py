@@ -116,6 +116,12 @@ class NativeError(TiermemError, OSError):
         return type(self), (str(self), self.errno or 0)
 
 
+class RecordingError(TiermemError, ValueError):
+    """A recording or a perf.data file is damaged, or of a kind that is not read."""
+
+    code = "recording"
+
+
 class ProtocolError(TiermemError, ValueError):
     """A message is not of the protocol, or the two ends speak different versions of it."""
 
