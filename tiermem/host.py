@@ -15,7 +15,8 @@ from tiermem.types import PAGE_BYTES
 from tiermem.units import format_bytes
 
 ROOT = Path("/")
-_CAP_SYS_ADMIN, _CAP_PERFMON = 21, 38  # bit numbers, capability.h
+CAP_SYS_ADMIN, CAP_PERFMON = 21, 38
+"""Bit numbers of capability.h."""
 _HUGETLB = "sys/kernel/mm/hugepages/hugepages-2048kB"
 _SHMEM_ENABLED = "sys/kernel/mm/transparent_hugepage/shmem_enabled"
 _SEGMENTS_WANTED = 4096  # about a hundred models of forty layers
@@ -78,7 +79,6 @@ class Host:
     memfd: Capability
     populate: Capability
     cxl: Capability
-    pmu: Capability
     rdma: Capability
     accelerator: Capability
     segments: Capability
@@ -107,7 +107,6 @@ def probe(root: Path = ROOT) -> Host:
         memfd=_memfd(root),
         populate=_populate(root),
         cxl=_cxl(root, nodes),
-        pmu=_pmu(root),
         rdma=_rdma(root),
         accelerator=_accelerator(root),
         segments=_segments(root),
@@ -166,7 +165,7 @@ def _tmpfs(root: Path) -> Capability:
         return Capability(False, "the kernel has no transparent huge pages; use one with CONFIG_TRANSPARENT_HUGEPAGE")
     if shmem == "deny":
         return Capability(False, f"huge pages are denied to tmpfs; write never to /{_SHMEM_ENABLED}")
-    if not _has_capability(root, _CAP_SYS_ADMIN):
+    if not has_capability(root, CAP_SYS_ADMIN):
         return Capability(False, "no CAP_SYS_ADMIN; run as root or with AmbientCapabilities=CAP_SYS_ADMIN")
     return Capability(True, "a tmpfs of our own with huge=always: 2 MiB OS pages")
 
@@ -203,7 +202,7 @@ def _memfd(root: Path) -> Capability:
 
 
 def _populate(root: Path) -> Capability:
-    if _kernel_version(root) >= (5, 14):
+    if kernel_version(root) >= (5, 14):
         return Capability(True, "MADV_POPULATE_WRITE: memory is prefaulted without being touched")
     return Capability(False, "MADV_POPULATE_WRITE needs Linux 5.14; prefaulting touches every OS page")
 
@@ -217,23 +216,6 @@ def _cxl(root: Path, nodes: tuple[NumaNode, ...]) -> Capability:
     advice = f"daxctl reconfigure-device --mode=system-ram {' '.join(devices) or 'DEVICE'}"
     found = "DAX memory is no NUMA node yet" if devices else "no NUMA node without CPUs, no DAX device"
     return Capability(False, f"{found}; {advice} makes one")
-
-
-def _pmu(root: Path) -> Capability:
-    """Samplers of data addresses: Intel PEBS shows as the event mem-loads, AMD IBS and Arm SPE as devices."""
-    devices = set(_names(root, "sys/bus/event_source/devices", r"\w+"))
-    pebs = any((root / f"sys/bus/event_source/devices/{cpu}/events/mem-loads").exists() for cpu in ("cpu", "cpu_core"))
-    # IBS hardware cannot be confined to user mode, so it needs a lower perf_event_paranoid.
-    names = {"Intel PEBS": (pebs, 2), "AMD IBS": ("ibs_op" in devices, 1), "Arm SPE": ("arm_spe_0" in devices, 2)}
-    found = [(name, paranoid) for name, (present, paranoid) in names.items() if present]
-    if not found:
-        cause = "the PMU cannot sample addresses" if devices & {"cpu", "cpu_core"} else "no PMU"
-        return Capability(False, f"{cause}: sampling uses page tables")
-    name, allowed = found[0]
-    level = _number(root, "proc/sys/kernel/perf_event_paranoid")
-    if level <= allowed or any(_has_capability(root, bit) for bit in (_CAP_PERFMON, _CAP_SYS_ADMIN)):
-        return Capability(True, f"{name} samples addresses")
-    return Capability(False, f"{name}: no CAP_PERFMON; set sysctl kernel.perf_event_paranoid={allowed}, is {level}")
 
 
 def _rdma(root: Path) -> Capability:
@@ -287,12 +269,14 @@ def _selected(root: Path, path: str) -> str:
     return match[1] if match else ""
 
 
-def _has_capability(root: Path, bit: int) -> bool:
+def has_capability(root: Path, bit: int) -> bool:
+    """Whether this process may do what a capability allows."""
     match = re.search(r"^CapEff:\s*([0-9a-f]+)", _read(root, "proc/self/status"), re.MULTILINE)
     return match is not None and bool(int(match[1], 16) >> bit & 1)
 
 
-def _kernel_version(root: Path) -> tuple[int, int]:
+def kernel_version(root: Path) -> tuple[int, int]:
+    """(major, minor); (0, 0) where the kernel does not tell."""
     match = re.match(r"(\d+)\.(\d+)", _read(root, "proc/sys/kernel/osrelease"))
     return (int(match[1]), int(match[2])) if match else (0, 0)
 

@@ -150,12 +150,15 @@ def test_doctor_prints_one_json_object(capsys: pytest.CaptureFixture[str], tmp_p
     assert list(report) == ["schema", "version", "host", "results"]
     assert report["schema"] == "tiermem.doctor/1"
     results = report["results"]
-    assert list(results) == ["facts", "storage", "dram_bytes", "backing", "daemon"]
+    assert list(results) == ["facts", "storage", "dram_bytes", "backing", "daemon", "sampling"]
     assert results["dram_bytes"] == 64 << 20
     assert results["backing"]["kind"] == "memfd"
     assert set(results["facts"]["rdma"]) == {"available", "reason"}
     assert results["daemon"]["address"] == f"unix:{tmp_path}/tiermem/tiermem.sock"
     assert results["daemon"]["available"] is False
+    rungs = {row["rung"]: row["available"] for row in results["sampling"]}
+    assert list(rungs) == ["perf (whole host)", "perf (own processes)", "present", "accessed", "declared"]
+    assert rungs["declared"] is True
 
 
 def test_doctor_tells_whether_a_daemon_listens(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -172,7 +175,7 @@ def test_doctor_fits_80_columns_and_names_every_capability(capsys: pytest.Captur
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= output.PIPE_COLUMNS
-    for name in ("tmpfs", "hugetlb", "shm", "memfd", "cxl", "pmu", "rdma", "accelerator", "segments", "daemon"):
+    for name in ("tmpfs", "hugetlb", "shm", "memfd", "cxl", "rdma", "accelerator", "segments", "daemon", "present"):
         assert any(line.startswith(name) for line in lines), name
 
 

@@ -19,13 +19,11 @@ LAPTOP = {
     "proc/self/limits": "Max open files            1024                 524288               files\n",
     "proc/self/mountinfo": "22 1 8:1 / / rw - ext4 /dev/sda rw\n25 24 0:23 / /dev/shm rw shared:4 - tmpfs tmpfs rw\n",
     "proc/sys/vm/max_map_count": "65530\n",
-    "proc/sys/kernel/perf_event_paranoid": "3\n",
     "sys/kernel/mm/transparent_hugepage/shmem_enabled": "always within_size advise [never] deny force\n",
     "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages": "0\n",
     "sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages": "0\n",
     "sys/devices/system/node/node0/cpulist": "0-7\n",
     "sys/devices/system/node/node0/meminfo": f"Node 0 MemTotal: {16 << 20} kB\nNode 0 MemFree: 4 kB\n",
-    "sys/bus/event_source/devices/cpu/events/mem-loads": "event=0xcd\n",
 }
 ROOT_STATUS = {"proc/self/status": "CapEff:\t000001ffffffffff\n"}
 RESERVED = {
@@ -68,7 +66,6 @@ def test_an_empty_tree_raises_nothing_and_explains_everything(tmp_path: Path) ->
     assert facts.memory == host.Memory(0, 0, None)
     assert facts.nodes == ()
     assert all(check.reason for check in facts.capabilities().values())
-    assert facts.pmu == host.Capability(False, "no PMU: sampling uses page tables")
     assert host.storage(tmp_path, tmp_path).filesystem == "unknown"
 
 
@@ -103,20 +100,6 @@ def test_memory_without_cpus_may_be_cxl(build: Build) -> None:
 def test_a_dax_device_is_named_in_the_advice(build: Build) -> None:
     facts = host.probe(build({"sys/bus/dax/devices/dax0.0/size": "1\n"}))
     assert "--mode=system-ram dax0.0" in facts.cxl.reason
-
-
-@pytest.mark.parametrize(
-    ("changes", "available", "text"),
-    [
-        ({}, False, "perf_event_paranoid=2, is 3"),
-        ({"proc/sys/kernel/perf_event_paranoid": "2\n"}, True, "Intel PEBS"),
-        ({"proc/self/status": "CapEff:\t0000004000000000\n"}, True, "Intel PEBS"),
-    ],
-)
-def test_the_pmu_needs_a_right(build: Build, changes: dict[str, str], available: bool, text: str) -> None:
-    pmu = host.probe(build(changes)).pmu
-    assert pmu.available is available
-    assert text in pmu.reason
 
 
 def test_devices_are_counted(build: Build) -> None:

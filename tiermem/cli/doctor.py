@@ -6,6 +6,7 @@ import socket
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from tiermem.config import BY_KEY, Config, Setting, load_config, origins, socket
 from tiermem.errors import ConfigError
 from tiermem.host import Capability, Host, Storage
 from tiermem.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from tiermem.sampler import RungState
 
 _CONNECT_S = 1.0
 
@@ -38,6 +42,7 @@ def command(directory: str, show_config: bool, as_json: bool, **flags: object) -
     disk = host.storage(directory)
     kind, backing = _backing(config)
     daemon = _daemon(config.address)
+    rungs = _rungs()
     if as_json:
         results = {
             "facts": asdict(facts),
@@ -45,10 +50,21 @@ def command(directory: str, show_config: bool, as_json: bool, **flags: object) -
             "dram_bytes": config.dram,
             "backing": {"kind": kind, **asdict(backing)},
             "daemon": {"address": config.address, **asdict(daemon)},
+            "sampling": [{"rung": rung.name, "available": rung.available, "reason": rung.reason} for rung in rungs],
         }
         output.emit_json("doctor", results)
     else:
         _show(facts, disk, config, kind, backing, daemon)
+        output.line("")
+        rows = [(rung.name, _mark(rung.available), rung.reason) for rung in rungs]
+        output.table(("sampling by", "", "why"), rows)
+
+
+def _rungs() -> tuple[RungState, ...]:
+    """Which samplers work here, found by trying each."""
+    from tiermem.sampler import ladder
+
+    return ladder()
 
 
 def _backing(config: Config) -> tuple[str, Capability]:
