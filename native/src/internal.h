@@ -34,4 +34,7 @@ int tm_split(uint64_t bytes, uint64_t step, unsigned threads, tm_work *work, voi
 
 /* tm_pagemap_open for a kernel that may lack PAGEMAP_SCAN, or process_madvise on a process's own memory. */
 int tm_pagemap_open_as(bool scans, bool vectored, tm_pagemap **pagemap);
+/* What the touch of this page costs after it was unmapped; does both. -EAGAIN: it cannot be unmapped; -EINVAL before
+ * Linux 5.14. pre: as for tm_pagemap_zap */
+int tm_pagemap_fault_ns(tm_pagemap *pagemap, uint64_t address, uint32_t page, uint64_t *ns);
 #endif

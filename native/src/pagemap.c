@@ -6,7 +6,7 @@
 #include "internal.h"
 
 /* To walk over so many pages that nobody asked for is cheaper than another call: on 2 MiB OS pages, and on small ones. */
-#define GAP_HUGE 16
+#define GAP_HUGE 64
 #define GAP_SMALL 1
 #define RUNS_A_PAGE 16
 
@@ -181,6 +181,65 @@ int tm_pagemap_fault_ns(tm_pagemap *pagemap, uint64_t address, uint32_t page, ui
     /* And not by reading a byte: where the file was cut meanwhile, that would end the process. */
     status = tm_prim_populate_read((void *)(uintptr_t)page_start(address, page), tm_prim_os_page());
     *ns = tm_prim_now_ns() - begin;
+    return status;
+}
+
+/* --- turn ------------------------------------------------------------------------------------------------------- */
+
+/* Both lists in one, ascending; `count` of them. pre: `into` has room for all */
+static uint32_t merge(const uint32_t *a, uint32_t a_count, const uint32_t *b, uint32_t b_count, uint32_t *into) {
+    uint32_t i = 0, j = 0, count = 0;
+    while (i < a_count || j < b_count) {
+        uint32_t next = j == b_count || (i < a_count && a[i] <= b[j]) ? a[i] : b[j];
+        i += i < a_count && a[i] == next;
+        j += j < b_count && b[j] == next;
+        into[count++] = next;
+    }
+    return count;
+}
+
+/* pre: every one of `pages` is in `all` */
+static void pick(const uint32_t *all, const uint16_t *states, const uint32_t *pages, uint32_t count, uint16_t *picked) {
+    for (uint32_t i = 0, at = 0; i < count; i++) {
+        while (all[at] != pages[i]) at++;
+        picked[i] = states[at];
+    }
+}
+
+/* Unmap those that are mapped and not private; `scratch` has room for `count` numbers and as many bytes. */
+static int zap_mapped(tm_pagemap *pagemap, uint64_t address, const uint32_t *due, uint32_t count, const uint16_t *state,
+                      uint8_t *done, uint32_t *scratch, uint64_t *fault_ns) {
+    uint8_t *zapped = (uint8_t *)(scratch + count);
+    uint32_t mapped = 0;
+    for (uint32_t i = 0; i < count; i++)
+        if (state[i] & TM_PAGE_PRESENT && !(state[i] & TM_PAGE_PRIVATE)) scratch[mapped++] = due[i];
+    uint64_t cold, warm;
+    if (fault_ns != NULL && mapped > 0 && tm_pagemap_fault_ns(pagemap, address, scratch[mapped / 2], &cold) == 0 &&
+        tm_pagemap_fault_ns(pagemap, address, scratch[mapped / 2], &warm) == 0)
+        *fault_ns = (cold + warm) / 2; /* a client that computes has some of the kernel in its caches, not all */
+    int status = tm_pagemap_zap(pagemap, address, scratch, mapped, zapped);
+    for (uint32_t i = 0, at = 0; i < count; i++) done[i] = at < mapped && scratch[at] == due[i] ? zapped[at++] : 0;
+    return status;
+}
+
+int tm_pagemap_turn(tm_pagemap *pagemap, uint64_t address, const uint32_t *was, uint32_t was_count, uint16_t *was_state,
+                    const uint32_t *due, uint32_t due_count, uint16_t *due_state, uint8_t *due_done, uint64_t *fault_ns) {
+    if (fault_ns != NULL) *fault_ns = 0;
+    int status = check(pagemap, address, was, was_count);
+    if (status == 0) status = check(pagemap, address, due, due_count);
+    if (status < 0 || was_count + due_count == 0) return status;
+    uint64_t most = (uint64_t)was_count + due_count;
+    uint32_t *all = malloc(most * (sizeof *all + sizeof(uint16_t)));
+    if (all == NULL) return -ENOMEM;
+    uint16_t *states = (uint16_t *)(all + most);
+    uint32_t count = merge(was, was_count, due, due_count, all);
+    status = tm_pagemap_look(pagemap, address, all, count, states);
+    if (status == 0) {
+        pick(all, states, was, was_count, was_state);
+        pick(all, states, due, due_count, due_state);
+        status = zap_mapped(pagemap, address, due, due_count, due_state, due_done, all, fault_ns);
+    }
+    free(all);
     return status;
 }
 

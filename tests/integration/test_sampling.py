@@ -132,10 +132,11 @@ def told_by_children(
         return [json.loads(child.line()) for child in running]
 
 
-def assert_true(told: dict[str, int]) -> None:
-    """No false alarm at all; of touches at most one in 500 is missed, for the kernel may unmap a page of its own accord
-    (reclaim) between touch and look."""
-    assert told["false"] == told["untrackable"] == 0, told
+def assert_true(told: dict[str, int], false_in: int | None = None) -> None:
+    """No false alarm, or at most one in `false_in` sampled pages; of touches at most one in 500 is missed: the kernel
+    may unmap a page of its own accord (reclaim) between touch and look."""
+    assert told["untrackable"] == 0, told
+    assert told["false"] == 0 if false_in is None else told["false"] * false_in <= told["sampled"], told
     assert told["missed"] * 500 <= told["touched"], told
 
 
@@ -157,7 +158,8 @@ def test_every_touch_is_told_on_reserved_pages() -> None:
 
 def test_accessed_bits_tell_the_same(file: int) -> None:
     for told in told_by_children(file, PAGES, "accessed", 2, 25, INSIDE):
-        assert_true(told)
+        # A load that the processor makes on speculation, and takes back, sets the bit all the same.
+        assert_true(told, false_in=200)
         assert told["sampled"] >= 10 * PAGES, told
         assert told["touched"] > 0.15 * told["sampled"]
 

@@ -69,7 +69,7 @@ def test_a_write_to_a_copy_on_write_page_is_seen_and_its_range_cannot_be_zapped(
         with pytest.raises(NativeError, match="copy-on-write"):
             pagemap.zap(range_or_reference, pages(1))
         with pytest.raises(NativeError, match="copy-on-write"):
-            pagemap.fault_s(range_or_reference, 1)
+            pagemap.turn(range_or_reference, pages(1), pages(1), timed=True)
     assert content[3 * PAGE_BYTES] == 99
 
 
@@ -103,10 +103,29 @@ def test_a_reference_lives_as_long_as_the_memory_and_does_not_prolong_it(memory_
         pagemap.look(reference, pages(0))
 
 
-def test_a_touch_is_timed_and_leaves_the_page_mapped(memory_file: int) -> None:
+def test_a_turn_looks_at_both_lists_and_unmaps_what_is_due(memory_file: int) -> None:
     range_, pagemap = mapped(memory_file), _native.Pagemap()
-    assert 0 < pagemap.fault_s(range_, 4) < 0.5
-    assert np.flatnonzero(pagemap.look(range_, np.arange(PAGES, dtype=np.uint32))).tolist() == [4]
+    content = np.frombuffer(range_.buffer(), np.uint8)
+    content[[2 * PAGE_BYTES, 3 * PAGE_BYTES, 5 * PAGE_BYTES]].sum()
+    turn = pagemap.turn(range_, pages(1, 3, 5), pages(2, 3, 4), timed=False)
+    assert (turn.was_state & _native.PRESENT > 0).tolist() == [False, True, True]
+    assert (turn.due_state & _native.PRESENT > 0).tolist() == [True, True, False]
+    assert turn.done.tolist() == [True, True, False]
+    assert turn.fault_s == 0.0
+    assert np.flatnonzero(pagemap.look(range_, np.arange(PAGES, dtype=np.uint32))).tolist() == [5]
+    content[2 * PAGE_BYTES]
+    again = pagemap.turn(range_, pages(2, 3), pages(), timed=False)
+    assert (again.was_state & _native.PRESENT > 0).tolist() == [True, False]
+
+
+def test_the_touch_that_a_turn_times_leaves_no_page_mapped(memory_file: int) -> None:
+    range_, pagemap = mapped(memory_file), _native.Pagemap()
+    assert pagemap.turn(range_, pages(), pages(4), timed=True).fault_s == 0.0, "nothing is mapped that could be timed"
+    np.frombuffer(range_.buffer(), np.uint8)[::PAGE_BYTES].sum()
+    turn = pagemap.turn(range_, pages(), pages(*range(PAGES)), timed=True)
+    assert 0 < turn.fault_s < 0.5
+    assert turn.done.all()
+    assert not pagemap.look(range_, np.arange(PAGES, dtype=np.uint32)).any()
 
 
 def test_a_closed_pagemap_says_so(memory_file: int) -> None:

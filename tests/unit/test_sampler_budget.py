@@ -18,7 +18,7 @@ def run(
         wall_s = budget.pause_s
         client_s = wall_s * busy
         spent = Spent(agent_s, 0.0, pages[-1] * page_s, pages[-1], client_s, wall_s)
-        costs.append((spent.agent_s + spent.fault_s) / client_s)
+        costs.append((spent.agent_s + spent.fault_s) / client_s * 1.25)  # with what it entails
         pages.append(budget.pages(total, spent))
     return pages, costs
 

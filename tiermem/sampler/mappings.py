@@ -67,6 +67,11 @@ class Mapping:
         except Closed:
             return None
 
+    @property
+    def blemished(self) -> bool:
+        """Whether there are any such pages."""
+        return bool(self.foreign.any() or self.pinned.any() or self.held.any())
+
     def sampled(self, pages: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
         """Which of `pages` can be sampled."""
         lost: npt.NDArray[np.bool_] = self.foreign[pages] | self.pinned[pages] | self.held[pages]

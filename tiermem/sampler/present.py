@@ -5,7 +5,6 @@ Never unmaps a page that holds memory of the process's own, and never acts in a 
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections import deque
@@ -16,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem import _native
-from tiermem.errors import NativeError
 from tiermem.observations import Bits, Rung
 from tiermem.sampler.mappings import Epoch, Mapping, Window
 
@@ -26,8 +24,9 @@ _FAULT_AROUND = 16
 _RUN = 4
 """Neighbours that have their turn together: a call looks at a run of pages for little more than at one."""
 
-_GUESSED_FAULT_S = 2e-6
-_TIMINGS, _TIMING_EVERY = 9, 16
+_GUESSED_FAULT_S = 5e-6
+_TIMINGS, _TIMED, _TIMED_EVERY = 9, range(2, 11), 16
+"""Epochs in which a fault is timed: the first ones, then now and then."""
 
 
 class _Turn:
@@ -36,7 +35,6 @@ class _Turn:
     def __init__(self, mapping: Mapping) -> None:
         self.pages = np.empty(0, np.uint32)
         self.begin_s = 0.0
-        self.zapped = np.zeros(mapping.pages, np.bool_)
         runs = np.argsort(_scattered(-(-mapping.pages // _RUN))).astype(np.uint32)
         order = (runs[:, None] * np.uint32(_RUN) + np.arange(_RUN, dtype=np.uint32)).ravel()
         self._order = order[order < mapping.pages]
@@ -73,7 +71,6 @@ class PresentSampler:
         self._turns: dict[int, _Turn] = {}
         self._timings: deque[float] = deque(maxlen=_TIMINGS)
         self._epochs = 0
-        self._timed = True
         self._page_s = self._clock_s = 0.0
 
     @property
@@ -109,46 +106,38 @@ class PresentSampler:
         self._pagemap.close()
 
     def _turn(self, mapping: Mapping, turn: _Turn, share: float) -> tuple[Bits | None, int]:
-        before, due = turn.pages, turn.next(share)
-        asked = np.zeros(mapping.pages, np.bool_)
-        asked[before] = asked[due] = True
-        looked = np.flatnonzero(asked).astype(np.uint32)
-        state = np.zeros(mapping.pages, np.uint16)
+        was, due = turn.pages, turn.next(share)
+        if mapping.blemished:
+            mapping.held[due] = False
+            due = due[mapping.sampled(due)]
         end_s, begin_cpu = self._clock_s + time.monotonic(), time.thread_time()
-        state[looked] = self._pagemap.look(mapping.range, looked)
+        found = self._pagemap.turn(
+            mapping.range, was, due, timed=self._epochs in _TIMED or not self._epochs % _TIMED_EVERY
+        )
         self._page_s += time.thread_time() - begin_cpu
-        private = state & _native.PRIVATE
-        if private.any():
-            mapping.foreign |= private != 0
-        present = state & _native.PRESENT
-        back = np.flatnonzero(turn.zapped & (present > 0))
-        turn.zapped[back] = False
-        faults = np.where(state[back] & _native.HUGE, 1, -(-present[back].astype(np.int64) // _FAULT_AROUND)).sum()
-        bits = _bits(mapping, before, turn.begin_s, end_s, present[before] > 0)
-        mapping.held[due] = False
-        due = due[mapping.sampled(due)]
-        mapped = due[present[due] > 0]
-        self._time_fault(mapping, mapped)
-        begin_cpu = time.thread_time()
-        done = self._pagemap.zap(mapping.range, mapped)
-        self._page_s += time.thread_time() - begin_cpu
-        mapping.held[mapped[~done]] = True
-        turn.zapped[mapped[done]] = True
         # From here on a touch shows: one between the look and the unmapping is in no window.
-        turn.pages, turn.begin_s = due[~mapping.held[due]], self._clock_s + time.monotonic()
+        begin_s = self._clock_s + time.monotonic()
+        if found.fault_s:
+            self._timings.append(found.fault_s)
+        self._note(mapping, was, found.was_state)
+        self._note(mapping, due, found.due_state)
+        present = found.was_state & _native.PRESENT
+        # None was mapped when the window began, so each that is now cost a fault.
+        faults = np.where(
+            found.was_state & _native.HUGE, present > 0, -(-present.astype(np.int32) // _FAULT_AROUND)
+        ).sum()
+        bits = _bits(mapping, was, turn.begin_s, end_s, present > 0)
+        held = (found.due_state & _native.PRESENT > 0) & ~found.done
+        if held.any():
+            mapping.held[due[held]] = True
+        turn.pages, turn.begin_s = due[~held], begin_s
         return bits, int(faults)
 
-    def _time_fault(self, mapping: Mapping, mapped: npt.NDArray[np.uint32]) -> None:
-        """Now and then, on a page that is mapped before and after: so it changes what nobody will see."""
-        wanted = len(self._timings) < _TIMINGS or self._epochs % _TIMING_EVERY == 0
-        if not (self._timed and wanted and len(mapped)):
-            return
-        page = int(mapped[self._epochs % len(mapped)])
-        try:
-            # The first one warms caches that a client which faults often has warm.
-            self._timings.append(min(self._pagemap.fault_s(mapping.range, page) for _ in range(3)))
-        except NativeError as error:
-            self._timed = error.errno != errno.EINVAL  # no MADV_POPULATE_READ: before Linux 5.14
+    @staticmethod
+    def _note(mapping: Mapping, pages: npt.NDArray[np.uint32], state: npt.NDArray[np.uint16]) -> None:
+        private = state & _native.PRIVATE != 0
+        if private.any():
+            mapping.foreign[pages[private]] = True
 
 
 def _scattered(count: int) -> npt.NDArray[np.uint64]:
@@ -162,7 +151,9 @@ def _scattered(count: int) -> npt.NDArray[np.uint64]:
 def _bits(
     mapping: Mapping, pages: npt.NDArray[np.uint32], begin_s: float, end_s: float, touched: npt.NDArray[np.bool_]
 ) -> Bits | None:
-    told = mapping.sampled(pages)
-    if end_s <= begin_s or not told.any():
+    if mapping.blemished:
+        told = mapping.sampled(pages)
+        pages, touched = pages[told], touched[told]
+    if end_s <= begin_s or not len(pages):
         return None
-    return Bits(Rung.PRESENT, begin_s, end_s, pages[told].astype(np.int32), touched[told])
+    return Bits(Rung.PRESENT, begin_s, end_s, pages.astype(np.int32), touched)
