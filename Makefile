@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/installed
 TESTS := tests/unit tests/integration tests/hostile
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test test-native test-python check sanitize conformance bench wheel clean
+.PHONY: help demo test test-native test-python check sanitize conformance bench bench-sampling wheel clean
 
 help:
 	@echo "make demo         show it all on this machine in a minute"
@@ -20,6 +20,7 @@ help:
 	@echo "make sanitize     the native tests under ASan+UBSan and under TSan"
 	@echo "make conformance  safetensors' own tests; SAFETENSORS_SRC=a checkout of safetensors"
 	@echo "make bench        the main job against its peers, each figure beside its target; BENCH=--quick"
+	@echo "make bench-sampling  access statistics: decoding, heat, what sampling costs and finds"
 	@echo "make wheel        a wheel in dist/"
 	@echo "make clean        remove all that make made"
 
@@ -56,6 +57,11 @@ conformance: $(INSTALLED)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m tests.bench $(BENCH)
+
+bench-sampling: $(INSTALLED)
+	$(BIN)/python -m tests.bench.decode
+	$(BIN)/python -m tests.bench.heat
+	$(BIN)/python -m tests.bench.sampling
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

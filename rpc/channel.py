@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -18,7 +17,7 @@ import grpc._channel  # gRPC would import it at the first channel: several ms in
 
 from tiermem.errors import Closed, DaemonUnreachable, DeadlineExceeded, ProtocolError, TiermemError
 from tiermem.rpc import codec
-from tiermem.rpc.messages import ERROR_KEY, SESSION_KEY, AttachEvent, AttachRequest, Failure
+from tiermem.rpc.messages import ERROR_KEY, SESSION_KEY, Failure
 from tiermem.rpc.methods import METHODS, Method
 
 RETRY_PAUSES_S = (0.05, 0.15)
@@ -72,10 +71,10 @@ class Channel:
             time.sleep(pause if left is None else min(pause, left))
         raise AssertionError("the last try returns or raises")
 
-    def attach(self, request: AttachRequest) -> Attachment:
-        """Start the stream whose life is that of this client's leases; errors come from iterating it."""
-        method = METHODS["Attach"]
-        return Attachment(self, method, self._invoke(method, codec.encode(request), None))
+    def stream(self, name: str, request: Any) -> Stream:
+        """Start a streaming method; the client's leases live as long as its `Attach`. Iterating it raises errors."""
+        method = METHODS[name]
+        return Stream(self, method, self._invoke(method, codec.encode(request), None))
 
     def close(self) -> None:
         """End all calls and streams; they and later ones raise Closed."""
@@ -118,8 +117,8 @@ class Channel:
         return TiermemError(f"{method.name} failed at {self.address}: {status.name} {details}")
 
 
-class Attachment(Iterator[AttachEvent]):
-    """The events of an attached client. Iteration ends when the pool ends the stream or `cancel` was called.
+class Stream(Iterator[Any]):
+    """The events of a streaming call. Iteration ends when the pool ends the stream or `cancel` was called.
 
     It raises what the pool raised, DaemonUnreachable when the connection broke, Closed when the channel was closed.
     """
@@ -128,29 +127,28 @@ class Attachment(Iterator[AttachEvent]):
         self._channel, self._method, self._stream = channel, method, stream
         self._cancelled = False
 
-    def __next__(self) -> AttachEvent:
+    def __next__(self) -> Any:
         try:
             data = next(self._stream)
         except grpc.RpcError as error:
             if self._cancelled:
                 raise StopIteration from None
             raise self._channel._exception(self._method, error, None) from None
-        return codec.decode(AttachEvent, data)
+        return codec.decode(self._method.reply, data)
 
-    def on_end(self, callback: Callable[[], None]) -> None:
-        """Leave the rest of the stream to a thread, which calls `callback` when the stream has ended, however it ended.
+    def follow(self, on_event: Callable[[Any], None], on_end: Callable[[], None]) -> None:
+        """Leave the rest of the stream to a thread, which calls `on_event` for each event, and `on_end` when the stream
+        has ended, however it ended."""
+        threading.Thread(target=self._run, args=(on_event, on_end), name="tiermem-stream", daemon=True).start()
 
-        The thread reads on, because gRPC holds a stream's end back behind unread events; no order asks for an act yet.
-        """
-        threading.Thread(target=self._drain, args=(callback,), name="tiermem-attachment", daemon=True).start()
-
-    def _drain(self, callback: Callable[[], None]) -> None:
+    def _run(self, on_event: Callable[[Any], None], on_end: Callable[[], None]) -> None:
         with suppress(TiermemError):
-            deque(self, maxlen=0)
-        callback()
+            for event in self:
+                on_event(event)
+        on_end()
 
     def cancel(self) -> None:
-        """End the stream, and with it the client's leases; from any thread."""
+        """End the stream, and with that of Attach the client's leases; from any thread."""
         self._cancelled = True
         self._stream.cancel()
 

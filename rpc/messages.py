@@ -47,13 +47,25 @@ class AttachRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingOrder:
+    """How a client's agent samples its own page tables: by which rung (`off`: not at all), how often, for which part
+    of its process's CPU time at most."""
+
+    rung: str
+    epoch_s: float
+    budget: float
+
+
+@dataclass(frozen=True, slots=True)
 class AttachEvent:
-    """`attached` comes first and carries the other fields; later kinds are orders to the client's agent (`ping`)."""
+    """`attached` comes first and carries the other fields; later kinds are orders to the client's agent: `ping`, which
+    asks for nothing, and `sample`, which carries `sampling`."""
 
     kind: str
     pool_id: str | None = None
     protocol: int | None = None
     refused: tuple[str, ...] = ()
+    sampling: SamplingOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +172,88 @@ class RemoveRequest:
 @dataclass(frozen=True, slots=True)
 class RemoveReply:
     freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MappedReport:
+    """The model of a lease lies at `address` of the client's memory since `since_s` (CLOCK_MONOTONIC), page by page."""
+
+    lease_id: str
+    address: int
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WindowReport:
+    """Pages of a lease's model that were sampled from `begin_s` to `end_s` (CLOCK_MONOTONIC): little-endian i32 page
+    numbers, ascending, and a bit for each (little-endian bit order): was it touched."""
+
+    lease_id: str
+    begin_s: float
+    end_s: float
+    pages: bytes
+    touched: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UntrackableReport:
+    """So many pages of a lease's model cannot be sampled in this client."""
+
+    lease_id: str
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRequest:
+    """What a client's agent saw since its last report, and what that cost: CPU seconds of the agent, of the faults that
+    its sampling caused, and of the rest of the process. `untrackable` tells of leases where that changed, `refused` why
+    nothing, or not all, can be sampled."""
+
+    rung: str
+    mapped: tuple[MappedReport, ...] = ()
+    windows: tuple[WindowReport, ...] = ()
+    untrackable: tuple[UntrackableReport, ...] = ()
+    agent_s: float = 0.0
+    fault_s: float = 0.0
+    client_s: float = 0.0
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HeatRequest:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeatReply:
+    """Heat of each page of a model, by the columns of tiermem.heat.HeatColumns, little-endian: u32 `sampled` and
+    `observed`, f32 `rate`, `age_s` and `sampled_age_s`, u8 `rung`. Layer i has pages[i] pages, in page order."""
+
+    layers: tuple[str, ...]
+    pages: tuple[int, ...]
+    sampled: bytes
+    observed: bytes
+    rate: bytes
+    age_s: bytes
+    sampled_age_s: bytes
+    rung: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WatchRequest:
+    """Asks for all that the pool observes from now on. Until the stream ends the clients sample as these fields say,
+    where they are given."""
+
+    epoch_s: float | None = None
+    budget: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WatchEvent:
+    """Frames of a recording (tiermem.recording), ready to be written; `dropped` of them found no room before these."""
+
+    frames: bytes
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,9 @@ METHODS: Mapping[str, Method] = {
         Method("Unpin", messages.UnpinRequest, messages.PinReply, deadline_s=10.0),
         Method("Evict", messages.EvictRequest, messages.EvictReply, idempotent=True),
         Method("Remove", messages.RemoveRequest, messages.RemoveReply),
+        Method("Report", messages.ReportRequest, messages.Empty, deadline_s=10.0),
+        Method("Heat", messages.HeatRequest, messages.HeatReply, idempotent=True, deadline_s=10.0),
+        Method("Watch", messages.WatchRequest, messages.WatchEvent, streams=True, deadline_s=None),
         Method("Status", messages.StatusRequest, messages.StatusReply, idempotent=True, deadline_s=10.0),
     )
 }

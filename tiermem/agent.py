@@ -1,6 +1,7 @@
-"""Agent: the one background thread of a client. Carries out orders in turn; owns nothing but its queue.
+"""Agent: the one background thread of a client. Carries out orders in turn, and a task that comes round by itself.
 
-Orders may be given from anywhere, also from inside a garbage collection, because giving one takes no lock.
+Owns nothing but its queue. Orders may be given from anywhere, also from inside a garbage collection, because giving one
+takes no lock.
 """
 
 from __future__ import annotations
@@ -9,16 +10,29 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 _log = logging.getLogger(__name__)
 
 Order = Callable[[], None]
 
 
+class Task(Protocol):
+    """What an agent does when no order waits."""
+
+    @property
+    def pause_s(self) -> float | None:
+        """Seconds until it is due; None: not before another order was carried out."""
+
+    def run(self) -> None:
+        """Do it once."""
+
+
 class Agent:
     """Started at once; a daemon thread, so it never keeps a process alive."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, task: Task) -> None:
+        self._task = task
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -41,8 +55,15 @@ class Agent:
             self._thread.join()
 
     def _run(self) -> None:
-        while (order := self._orders.get()) is not None:
+        while (order := self._next()) is not None:
             try:
                 order()
             except Exception as error:
                 _log.debug("order of %s failed: %s", self._thread.name, error)
+
+    def _next(self) -> Order | None:
+        pause_s = self._task.pause_s
+        try:
+            return self._orders.get(timeout=None if pause_s is None else max(0.0, pause_s))
+        except queue.Empty:
+            return self._task.run

@@ -17,15 +17,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tiermem._native import Range
 from tiermem.agent import Agent
 from tiermem.config import descriptor_path, socket_path, value_of
 from tiermem.errors import Closed, DaemonUnreachable, TiermemError
+from tiermem.heat import HeatColumns
 from tiermem.model import Model
+from tiermem.observations import Rung
 from tiermem.paths import path_or_name_of
+from tiermem.reporting import Reporting
 from tiermem.rpc import messages as m
-from tiermem.rpc.channel import Attachment, Channel
+from tiermem.rpc.channel import Channel, Stream
 from tiermem.rpc.codec import decode_manifest
 from tiermem.rpc.descriptors import DescriptorClient
+from tiermem.statistics import ModelHeat
 from tiermem.types import Manifest
 
 _REATTACH_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -41,7 +46,7 @@ class _Session:
         self.descriptors = DescriptorClient(str(descriptor_path(socket_path(address))))
         self.channel = Channel(address, lambda: self.descriptors.token)
         held = tuple(m.Announcement(lease, model) for lease, model in leases.items())
-        self.stream: Attachment = self.channel.attach(m.AttachRequest(m.PROTOCOL, os.getpid(), held))
+        self.stream: Stream = self.channel.stream("Attach", m.AttachRequest(m.PROTOCOL, os.getpid(), held))
         self.refused: tuple[str, ...] = ()
         if not held:
             # The token is good already, so the first call need not wait for the stream.
@@ -69,7 +74,8 @@ class Client:
         self._leases: dict[str, str] = {}
         self._closed = False
         self._session: _Session | None = _Session(self.address, {})
-        self._agent = Agent("tiermem-agent")
+        self._reporting = Reporting(lambda request: self._call("Report", request))
+        self._agent = Agent("tiermem-agent", self._reporting)
         self._watch(self._session)
 
     def open(
@@ -135,6 +141,16 @@ class Client:
         body: dict[str, Any] = self._call("Status", m.StatusRequest(name)).body
         return body
 
+    def heat(self, name: str) -> ModelHeat:
+        """What was observed of each page of a model. Raises ModelNotFound."""
+        reply: m.HeatReply = self._call("Heat", m.HeatRequest(name))
+        return ModelHeat(tuple(zip(reply.layers, reply.pages, strict=True)), _columns(reply))
+
+    def watch(self, epoch_s: float | None = None, budget: float | None = None) -> Stream:
+        """All that the pool observes from now on, as m.WatchEvent with frames of a recording. While this lasts, clients
+        are sampled every `epoch_s` seconds, for at most the share `budget` of their CPU time, where that is more."""
+        return self._live().channel.stream("Watch", m.WatchRequest(epoch_s, budget))
+
     def close(self) -> None:
         """End the connection and all leases. Arrays that were taken stay valid."""
         with self._lock:
@@ -185,7 +201,15 @@ class Client:
         return session
 
     def _watch(self, session: _Session) -> None:
-        session.stream.on_end(lambda: self._agent.submit(partial(self._lost, session)))
+        session.stream.follow(self._obey, lambda: self._agent.submit(partial(self._lost, session)))
+
+    def _obey(self, event: m.AttachEvent) -> None:
+        """An order of the daemon to this process's agent; kinds that are not known are passed over."""
+        if event.kind == "sample" and event.sampling is not None:
+            self._agent.submit(partial(self._reporting.obey, event.sampling))
+
+    def _mapped(self, lease_id: str, mapping: Range) -> None:
+        self._agent.submit(partial(self._reporting.add, lease_id, mapping, time.monotonic()))
 
     def _lost(self, session: _Session) -> None:
         """The daemon went: look for the next one for as long as there are leases to announce to it."""
@@ -198,6 +222,7 @@ class Client:
         while self._leases and not self._closed:
             try:
                 self._attach()
+                self._reporting.announce()
             except TiermemError as error:
                 _log.debug("no daemon yet: %s", error)
                 time.sleep(_REATTACH_PAUSES_S[min(tries, len(_REATTACH_PAUSES_S) - 1)])
@@ -209,6 +234,7 @@ class Client:
         self._agent.submit(partial(self._end_lease, lease_id))
 
     def _end_lease(self, lease_id: str) -> None:
+        self._reporting.remove(lease_id)
         with self._lock:
             known = self._leases.pop(lease_id, None)
             session = self._session
@@ -220,6 +246,15 @@ class Client:
 def _manifest(encoded: bytes) -> Manifest:
     """Decoded once per model, since engines open one model many times."""
     return decode_manifest(encoded)
+
+
+def _columns(reply: m.HeatReply) -> HeatColumns:
+    rung, age_s = np.frombuffer(reply.rung, np.uint8), np.frombuffer(reply.age_s, np.float32)
+    return HeatColumns(
+        np.frombuffer(reply.sampled, np.uint32), np.frombuffer(reply.observed, np.uint32),
+        np.frombuffer(reply.rate, np.float32), age_s, np.frombuffer(reply.sampled_age_s, np.float32),
+        time.monotonic() - age_s.astype(np.float64), rung, rung >= Rung.ACCESSED,
+    )  # fmt: skip
 
 
 class _Holder:
@@ -245,6 +280,9 @@ class _Holder:
     def residency(self) -> dict[str, str]:
         body = self._client._call("Status", m.StatusRequest(self.name)).body
         return dict(body["models"][0]["residency"])
+
+    def mapped(self, mapping: Range) -> None:
+        self._client._mapped(self._lease_id, mapping)
 
     def release(self) -> None:
         self._client._release(self._lease_id)

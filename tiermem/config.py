@@ -23,6 +23,7 @@ from tiermem.units import format_bytes, parse_bytes, parse_seconds
 
 Environ = Mapping[str, str]
 Backing = Literal["auto", "tmpfs", "hugetlb", "shm", "memfd"]
+Sampling = Literal["auto", "perf", "present", "accessed", "declared", "off"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 SUN_PATH_BYTES = 107
@@ -76,6 +77,10 @@ class Config:
     staging: int
     read_threads: int
     policy: str
+    sampler: Sampling
+    sample_epoch: float
+    sample_budget: float
+    metrics_port: str
     grace: float
     keep: bool
     log_level: LogLevel
@@ -225,6 +230,36 @@ def _choice(*names: str) -> Kind:
     return Kind("|".join(names), names[0], read)
 
 
+def _epoch(value: object) -> float:
+    seconds = _seconds(value)
+    if not 0.01 <= seconds <= 60:
+        raise ValueError("it must be from 10ms to 60s")
+    return seconds
+
+
+def _share(value: object) -> float:
+    text = value.strip() if isinstance(value, str) else value
+    scale = 1.0
+    if isinstance(text, str) and text.endswith("%"):
+        text, scale = text.removesuffix("%"), 0.01
+    try:
+        share = float(text) * scale if isinstance(text, str | int | float) else float("nan")
+    except ValueError:
+        share = float("nan")
+    if not 0 < share <= 1 or isinstance(value, bool):
+        raise ValueError("it must be a share, above 0% and up to 100%")
+    return share
+
+
+def _listener(value: object) -> str:
+    """`` (none), PORT on the loopback, or HOST:PORT."""
+    text = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else "?"
+    host_name, _, port = text.rpartition(":")
+    if text and not (port.isdecimal() and int(port) < 1 << 16):
+        raise ValueError("it must be a port, or HOST:PORT")
+    return f"{host_name or '127.0.0.1'}:{port}" if text else ""
+
+
 _PATH = Kind("DIRECTORY", "/var/lib/tiermem", _path)
 
 OPTIONS: tuple[Option, ...] = (
@@ -247,6 +282,14 @@ OPTIONS: tuple[Option, ...] = (
            "Threads that read files; they mostly wait."),
     Option("policy", Kind("POLICY", "lru", _text), lambda environ: "lru", "--policy", "TIERMEM_POLICY",
            "Name of a policy, or path of a policy file."),
+    Option("sampler", _choice(*get_args(Sampling)), lambda environ: "auto", "--sampler", None,
+           "How the use of pages is observed; auto takes what tells most on this host."),
+    Option("sample_epoch", Kind("DURATION", "100ms", _epoch, "seconds"), lambda environ: 0.1, "--sample-epoch", None,
+           "How often pages are looked at."),
+    Option("sample_budget", Kind("SHARE", "1%", _share), lambda environ: 0.01, "--sample-budget", None,
+           "Part of a client's CPU time that observing may cost it."),
+    Option("metrics_port", Kind("[HOST:]PORT", "9464", _listener), lambda environ: "", "--metrics-port", None,
+           "Where Prometheus finds metrics; on the loopback unless a host is named."),
     Option("grace", Kind("DURATION", "30s", _seconds, "seconds"), lambda environ: 30.0, "--grace", "TIERMEM_GRACE",
            "Time without eviction after segments were adopted."),
     Option("keep", Kind("SWITCH", "true", _switch), lambda environ: False, "--keep", "TIERMEM_KEEP",

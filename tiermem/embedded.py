@@ -6,6 +6,7 @@ Same code as a daemon's pool, less sockets; nothing of it outlives the process.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
@@ -14,14 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tiermem._native import Range
 from tiermem.agent import Agent
 from tiermem.config import Config, load_config
 from tiermem.errors import Closed, DeadlineExceeded, Refused
 from tiermem.lease import Lease, Session
 from tiermem.model import Model
+from tiermem.observer import own_order
 from tiermem.paths import path_or_name_of
 from tiermem.pool import Opened, Pool
-from tiermem.status import residency_of, status_of
+from tiermem.reporting import Reporting
+from tiermem.statistics import ModelHeat
+from tiermem.status import heat_of, residency_of, status_of
 from tiermem.units import format_seconds
 
 
@@ -31,7 +36,11 @@ class EmbeddedPool:
     def __init__(self, config: Config | None = None, *, transient: bool = False) -> None:
         self._pool = Pool(config or load_config(), embedded=True)
         self._session = Session(os.getpid(), os.geteuid())
-        self._agent = Agent("tiermem-agent")
+        self._reporting = Reporting(lambda request: self._pool.report(self._session, request))
+        order = own_order(self._pool.config)
+        self._pool.statistics.rung, self._pool.statistics.reason = order.rung, "this process looks at its own pages"
+        self._reporting.obey(order)
+        self._agent = Agent("tiermem-agent", self._reporting)
         self._transient = transient
         self._closed = False
 
@@ -80,6 +89,10 @@ class EmbeddedPool:
         """Tiers, models, loads and leases as plain data."""
         return status_of(self._live(), name)
 
+    def heat(self, name: str) -> ModelHeat:
+        """What was observed of each page of a model. Raises ModelNotFound."""
+        return heat_of(self._live(), name)
+
     def close(self) -> None:
         """End the pool. Arrays that were taken stay valid."""
         if not self._closed:
@@ -101,7 +114,11 @@ class EmbeddedPool:
     def _release(self, lease: Lease) -> None:
         self._agent.submit(partial(self._end_lease, lease))
 
+    def _mapped(self, lease: Lease, mapping: Range) -> None:
+        self._agent.submit(partial(self._reporting.add, lease.id, mapping, time.monotonic()))
+
     def _end_lease(self, lease: Lease) -> None:
+        self._reporting.remove(lease.id)
         self._pool.release(lease)
         if self._transient:
             record = self._pool.catalog.by_id(lease.model_id)
@@ -140,6 +157,9 @@ class _Holder:
 
     def residency(self) -> dict[str, str]:
         return residency_of(self._pool, self._opened.record)
+
+    def mapped(self, mapping: Range) -> None:
+        self._owner._mapped(self._opened.lease, mapping)
 
     def release(self) -> None:
         self._owner._release(self._opened.lease)

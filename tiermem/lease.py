@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tiermem.errors import Refused
@@ -54,16 +55,21 @@ class LeaseTable:
             raise Refused(f"lease {lease_id!r} is not held by this client; open the model again")
         return lease
 
-    def release(self, lease: Lease) -> None:
-        """End a lease; ending it twice is harmless, since a client and its connection may both do so."""
-        if self._leases.pop(lease.id, None) is not None:
-            self._per_model[lease.model_id] -= 1
+    def release(self, lease: Lease) -> bool:
+        """End a lease; False where it had ended, since a client and its connection may both end it."""
+        if self._leases.pop(lease.id, None) is None:
+            return False
+        self._per_model[lease.model_id] -= 1
+        return True
 
     def fail(self, model_id: str, error: Exception) -> None:
         """The segments that the holders of these leases mapped are given up; a later load makes others."""
         for lease in self._leases.values():
             if lease.model_id == model_id:
                 lease.error = error
+
+    def __iter__(self) -> Iterator[Lease]:
+        return iter(self._leases.values())
 
     def of_session(self, session: Session) -> list[Lease]:
         return [lease for lease in self._leases.values() if lease.session is session]

@@ -20,9 +20,9 @@ _log = logging.getLogger(__name__)
 
 
 class Migrator:
-    """Executes plans. `evict` takes a segment out of memory and returns its bytes, or raises Refused."""
+    """Executes plans. `evict` takes a segment out of memory for a reason and returns its bytes, or raises Refused."""
 
-    def __init__(self, policy: Policy, evict: Callable[[Place], int]) -> None:
+    def __init__(self, policy: Policy, evict: Callable[[Place, str], int]) -> None:
         self.policy: Policy | None = policy
         self.failure = ""
         self.evicted_bytes = 0
@@ -51,7 +51,7 @@ class Migrator:
         freed = 0
         for move in plan:
             try:
-                freed += self._evict(_whole_segment(move, places))
+                freed += self._evict(_whole_segment(move, places), move.reason)
             except Refused as error:
                 self.refused[str(error)] += 1
                 _log.info("move refused: %s (%s)", error, move)

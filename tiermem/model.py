@@ -44,6 +44,9 @@ class LeaseHolder(Protocol):
     def residency(self) -> dict[str, str]:
         """Layer -> name of the tier that holds it."""
 
+    def mapped(self, mapping: _native.Range) -> None:
+        """All segments are mapped there now: what samples this process may look at it. Takes no lock."""
+
     def release(self) -> None:
         """End the lease; takes no lock, so that a garbage collection may call it."""
 
@@ -194,6 +197,7 @@ def _mapped(holder: LeaseHolder, writable: bool) -> tuple[list[int], memoryview]
             raise
         return starts, _private_copy(holder, starts)
     mapping.on_release(holder.release)
+    holder.mapped(mapping)
     return starts, mapping.buffer()
 
 

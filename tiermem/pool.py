@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -19,20 +19,21 @@ from tiermem.catalog_files import CatalogFiles
 from tiermem.config import Config
 from tiermem.digests import DigestRecords
 from tiermem.dram import Dram
-from tiermem.errors import CapacityError, Closed, ModelNotFound, Refused, TiermemError, own
+from tiermem.errors import Closed, ModelNotFound, Refused, TiermemError, own
+from tiermem.eviction import Eviction
+from tiermem.journal import Journal, Watcher
 from tiermem.lease import Lease, LeaseTable, Session
 from tiermem.load import Figures, Load, plan_checks, plan_reads, readiness
 from tiermem.loader import BLOCK_BYTES, Loader
-from tiermem.migrator import Migrator
 from tiermem.paths import KnownPaths, default_name
 from tiermem.policy import load_policy
+from tiermem.rpc.messages import ReportRequest
 from tiermem.segment import open_backing
 from tiermem.source.file import FileSource
 from tiermem.spare import Spare
+from tiermem.statistics import AccessStatistics
 from tiermem.tier import DISK, DRAM, Tier
 from tiermem.types import PAGE_BYTES, Manifest
-from tiermem.units import format_bytes, format_seconds
-from tiermem.view import Place, view_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,14 @@ class Pool:
         self.config = config
         self.started_s = time.time()
         capacity = config.dram // PAGE_BYTES * PAGE_BYTES
-        self.migrator = Migrator(load_policy(config.policy), self._evict)
+        policy = load_policy(config.policy)  # before anything is made that would have to be given up
         backing = open_backing(config.backing, None if embedded else config.state / "segments", capacity)
         self.dram = Dram(backing, Tier(DRAM, "dram", capacity))
         self.tiers = (self.dram.tier, Tier(DISK, "disk", None))
         self.catalog = Catalog()
         self.leases = LeaseTable()
+        self.journal = Journal()
+        self.statistics = AccessStatistics(self.journal)
         self.quarantined = 0
         self.figures: dict[str, Figures] = {}
         self.lock = threading.RLock()  # guards catalog, leases and tiers; for readers that need them to agree
@@ -65,12 +68,12 @@ class Pool:
         self._paths = KnownPaths()
         self._digests = DigestRecords(config.digests)
         self._loads: dict[str, Load] = {}
+        self.eviction = Eviction(policy, self.catalog, self.leases, self.dram, self.tiers, self._loads, self.journal)
         self._load_ended = threading.Condition(self.lock)
         self.loader = Loader(config.read_threads, config.staging, self.lock, self._end)
         if not embedded:
             self.loader.start()
         self.files = None if embedded else CatalogFiles(config.state / "catalog")
-        self._grace_until_s = 0.0
         if self.files is not None and backing.survives:
             self._adopt(self.files)
         self.spare = Spare(backing, config.spare, self._spare_room)
@@ -117,6 +120,7 @@ class Pool:
             except TiermemError:
                 self.leases.release(lease)
                 raise
+            self.statistics.opened(record, lease)
             record.opens += 1
             record.last_open_s = time.time()
             record.last_used_s[:] = time.monotonic()
@@ -129,7 +133,9 @@ class Pool:
             record = self.record(lease)
             wanted = None if tensors is None else list(tensors)
             if wanted is not None:
-                record.last_used_s[record.segments_of(wanted)] = time.monotonic()
+                segments = record.segments_of(wanted)
+                record.last_used_s[segments] = time.monotonic()
+                self.statistics.asked(record, segments)
             future = readiness(self._ensure(record), wanted)
         self._begin(record)
         return future
@@ -169,7 +175,7 @@ class Pool:
             if self._closed:
                 raise Closed("the pool is closed")
             self.loader.start()
-            self._make_room(sum(record.manifest.segments[i].page_bytes for i in missing), record)
+            self.eviction.make_room(sum(record.manifest.segments[i].page_bytes for i in missing), record)
             segments = self.dram.create(record, missing)
         except TiermemError:
             self._forget_unloaded(record)
@@ -187,25 +193,6 @@ class Pool:
                 return
             load.begun = True
         self.loader.add(load)
-
-    def _make_room(self, nbytes: int, record: ModelRecord) -> None:
-        dram = self.dram.tier
-        lacks = dram.lacks(nbytes)
-        if lacks and time.monotonic() >= self._grace_until_s:
-            others = (r for r in self.catalog if r is not record)
-            leased = self.leases.holders
-            view, places = view_of(others, lambda r: leased(r.id) > 0, self.tiers, {DRAM: lacks}, time.monotonic())
-            # Nothing is evicted for a load that cannot fit even then.
-            if sum(run.nbytes for run in view.segments(DRAM)) >= lacks:
-                self.migrator.relieve(view, places)
-        if dram.lacks(nbytes):
-            waiting = self._grace_until_s - time.monotonic()
-            grace = f"; nothing is evicted for another {format_seconds(waiting)} after a restart" if waiting > 0 else ""
-            free, capacity = format_bytes(dram.free_bytes or 0), format_bytes(dram.capacity_bytes or 0)
-            raise CapacityError(
-                f"{record.name} needs {format_bytes(nbytes)} of tier 'dram', which has {free} free of {capacity}, and "
-                f"the rest is leased, pinned or held by the policy{grace}; unload a model or raise --dram"
-            )
 
     def _complete(self, load: Load, segment: int) -> None:
         load.segments[segment].seal()
@@ -226,7 +213,9 @@ class Pool:
                 self._forget_unloaded(record)
             else:
                 record.loaded = True
-                self.figures[record.id] = load.figures
+                self.figures[record.id] = figures = load.figures
+                took_s = time.monotonic() - figures.started_s
+                self.journal.tell("load", model=record.id, seconds=took_s, nbytes=figures.read_bytes)
         if error is None and not load.is_check:
             self._digests.put(record.manifest, [digest or b"" for digest in record.digests])
         self._persist(record)
@@ -253,14 +242,15 @@ class Pool:
     def release(self, lease: Lease) -> None:
         """End a lease."""
         with self.lock:
-            self.leases.release(lease)
+            if self.leases.release(lease):
+                self.statistics.released(lease)
 
     def end_session(self, session: Session) -> None:
         """A client went: all its leases end."""
         with self.lock:
             session.ended = True
             for lease in self.leases.of_session(session):
-                self.leases.release(lease)
+                self.release(lease)
 
     def announce(self, session: Session, lease_id: str, model_id: str) -> bool:
         """Take over a lease that a client held from an earlier daemon; False where the model was not adopted."""
@@ -268,8 +258,20 @@ class Pool:
             record = self.catalog.by_id(model_id)
             if record is None or record.missing():
                 return False
-            self.leases.grant(model_id, session, lease_id)
+            self.statistics.opened(record, self.leases.grant(model_id, session, lease_id))
             return True
+
+    def report(self, session: Session, request: ReportRequest) -> None:
+        """Take what a client's agent saw. Raises ProtocolError for what no agent can have seen."""
+        with self.lock:
+            held = {lease.id: (record, lease) for lease in self.leases.of_session(session)
+                    if (record := self.catalog.by_id(lease.model_id))}  # fmt: skip
+            self.statistics.reported(session.pid, held, request)
+
+    def watch(self, wake: Callable[[], object]) -> Watcher:
+        """Follow the journal from now on, beginning with what is open and mapped."""
+        with self.lock:
+            return self.journal.watch(wake, self.statistics.state(self.catalog, self.leases))
 
     def lease(self, session: Session, lease_id: str) -> Lease:
         """The session's lease of that id. Raises Refused."""
@@ -295,7 +297,8 @@ class Pool:
         """Take a model out of memory; it stays known, and an open brings it back. Returns bytes freed."""
         with self.lock:
             record = self.catalog.named(name)
-            freed = sum(self._evict((record, i)) for i, key in enumerate(record.keys) if key is not None)
+            resident = [i for i, key in enumerate(record.keys) if key is not None]
+            freed = sum(self.eviction.evict((record, i), "asked for") for i in resident)
         self._persist(record)
         self.spare.refill()
         return freed
@@ -322,6 +325,7 @@ class Pool:
             self.catalog.check()
             self.leases.check()
             self.dram.check(self.catalog)
+            self.statistics.check()
 
     def close(self) -> None:
         """End everything. Segments stay for the next daemon where the configuration says `keep`."""
@@ -339,34 +343,18 @@ class Pool:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _refuse_if_held(self, record: ModelRecord) -> None:
-        if self.leases.holders(record.id):
-            pids = ", ".join(str(pid) for pid in self.leases.pids(record.id)[:5])
-            raise Refused(f"{record.name} is leased by process {pids}; close it there first")
-        if record.pins:
-            raise Refused(f"{record.name} is pinned {record.pins} times; unpin it first")
-
     def _give_up(self, record: ModelRecord) -> Load | None:
         """Forget a model, or stop the load that has to end before; returns that load: another may begin meanwhile."""
         with self.lock:
             if self.catalog.by_id(record.id) is not record:
                 return None
-            self._refuse_if_held(record)
+            self.eviction.refuse_if_held(record)
             load = self._loads.get(record.id)
             if load is None:
                 self._forget(record)
             else:
                 load.fail(Refused(f"{record.name} was unloaded while it was loading"))
             return load
-
-    def _evict(self, place: Place) -> int:
-        record, segment = place
-        self._refuse_if_held(record)
-        if record.id in self._loads:
-            raise Refused(f"{record.name} is loading")
-        if record.keys[segment] is None:
-            raise Refused(f"{record.name}: segment {segment} is not in memory")
-        return self.dram.drop(record, segment)
 
     def _forget_unloaded(self, record: ModelRecord) -> None:
         """A model whose first load failed leaves nothing behind."""
@@ -376,6 +364,7 @@ class Pool:
     def _forget(self, record: ModelRecord) -> None:
         self.dram.drop_all(record)
         self.catalog.remove(record)
+        self.statistics.forget(record)
         self.figures.pop(record.id, None)
         if self.files is not None:
             self.files.remove(record.id)
@@ -392,7 +381,7 @@ class Pool:
             if segments:
                 tasks = plan_checks(record, segments)
                 self._loads[record.id] = Load(record, segments, tasks, None, None, self.lock, self._complete)
-                self._grace_until_s = time.monotonic() + self.config.grace
+                self.eviction.hold_until_s = time.monotonic() + self.config.grace
 
     def _spare_room(self) -> int:
         with self.lock:

@@ -25,12 +25,14 @@ from tiermem.catalog import ModelRecord
 from tiermem.config import Config, descriptor_path, socket_path
 from tiermem.errors import ConfigError, DeadlineExceeded, ProtocolError, Refused
 from tiermem.lease import Session
+from tiermem.metrics import MetricsServer
+from tiermem.observer import Observer
 from tiermem.pool import Opened, Pool
 from tiermem.rpc import messages as m
 from tiermem.rpc.codec import encode_manifest
 from tiermem.rpc.descriptors import DescriptorServer, remove_stale
 from tiermem.rpc.server import create_server
-from tiermem.status import status_of
+from tiermem.status import heat_of, status_of
 from tiermem.units import format_seconds
 
 _THREADS = 16
@@ -43,11 +45,18 @@ _T = TypeVar("_T")
 class PoolService:
     """The methods of rpc/methods.py over a pool; one session per client."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, config: Config) -> None:
+        """On the running event loop. Raises ConfigError where the sampler that `config` names is not to be had."""
         self.pool = pool
+        loop = asyncio.get_running_loop()
+        self._attached: set[asyncio.Event] = set()
+        self._observer = Observer(pool, config, lambda: loop.call_soon_threadsafe(self._order))
         self._sessions: dict[bytes, Session] = {}
         self._threads = ThreadPoolExecutor(_THREADS, "tiermem-rpc")
         self._manifests: WeakKeyDictionary[ModelRecord, bytes] = WeakKeyDictionary()
+
+    def close(self) -> None:
+        self._observer.close()
 
     def session_of(self, token: bytes) -> Session | None:
         return self._sessions.get(token)
@@ -74,10 +83,16 @@ class PoolService:
             for lease in request.leases
             if not self.pool.announce(session, lease.lease_id, lease.model_id)
         )
+        changed = asyncio.Event()
+        self._attached.add(changed)
         try:
             yield m.AttachEvent("attached", self.pool.id, m.PROTOCOL, refused)
-            await asyncio.Event().wait()
+            while True:
+                changed.clear()
+                yield m.AttachEvent("sample", sampling=self._observer.order)
+                await changed.wait()
         finally:
+            self._attached.discard(changed)
             self.pool.end_session(session)
 
     async def load(self, request: m.LoadRequest, session: Session) -> m.LoadReply:
@@ -138,8 +153,37 @@ class PoolService:
     async def remove(self, request: m.RemoveRequest, session: Session) -> m.RemoveReply:
         return m.RemoveReply(await self._blocking(self.pool.remove, request.name))
 
+    async def report(self, request: m.ReportRequest, session: Session) -> m.Empty:
+        await self._blocking(self.pool.report, session, request)
+        return m.Empty()
+
+    async def heat(self, request: m.HeatRequest, session: Session) -> m.HeatReply:
+        found = await self._blocking(heat_of, self.pool, request.name)
+        columns = found.columns
+        layers, pages = zip(*found.layers, strict=True) if found.layers else ((), ())
+        return m.HeatReply(
+            layers, pages, columns.sampled.tobytes(), columns.observed.tobytes(), columns.rate.tobytes(),
+            columns.age_s.tobytes(), columns.sampled_age_s.tobytes(), columns.rung.tobytes(),
+        )  # fmt: skip
+
+    async def watch(self, request: m.WatchRequest, session: Session) -> AsyncGenerator[m.WatchEvent, None]:
+        loop, more = asyncio.get_running_loop(), asyncio.Event()
+        watcher = await self._blocking(self.pool.watch, lambda: loop.call_soon_threadsafe(more.set))
+        try:
+            with self._observer.wish(request.epoch_s, request.budget):
+                while await more.wait():
+                    more.clear()
+                    while any(taken := watcher.take()):
+                        yield m.WatchEvent(*taken)
+        finally:
+            self.pool.journal.unwatch(watcher)
+
     async def status(self, request: m.StatusRequest, session: Session) -> m.StatusReply:
         return m.StatusReply(await self._blocking(status_of, self.pool, request.name))
+
+    def _order(self) -> None:
+        for changed in self._attached:
+            changed.set()
 
     def _unopened(self, opening: asyncio.Future[Opened]) -> None:
         if not opening.cancelled() and opening.exception() is None:
@@ -180,7 +224,10 @@ async def serve(config: Config, on_ready: Callable[[Pool], None]) -> None:
         ending.callback(os.close, _lock(config.state / "lock", str(config.state)))
         pool = await loop.run_in_executor(None, Pool, config)
         ending.push_async_callback(loop.run_in_executor, None, pool.close)
-        service = PoolService(pool)
+        service = PoolService(pool, config)
+        ending.callback(service.close)
+        if config.metrics_port:
+            ending.callback(MetricsServer(pool, config.metrics_port).close)
         control = create_server(service, service.session_of)
         remove_stale(str(path))  # gRPC itself would unlink whatever is there
         try:

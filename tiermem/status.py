@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import asdict
 from typing import Any
 
 from tiermem import _native
 from tiermem.catalog import ModelRecord
+from tiermem.heat import HeatColumns
 from tiermem.load import Figures, Load
+from tiermem.observations import Rung
 from tiermem.pool import Pool
+from tiermem.statistics import Client, ModelHeat
 from tiermem.types import LOADING
 
 
@@ -27,11 +31,17 @@ def status_of(pool: Pool, name: str | None = None) -> dict[str, Any]:
                 "backing": pool.dram.backing.kind,
                 "backing_reason": pool.dram.backing.reason,
                 "policy": pool.config.policy,
-                "policy_failure": pool.migrator.failure,
+                "policy_failure": pool.eviction.migrator.failure,
                 "catalog_error": pool.files.error if pool.files else "",
                 "quarantined_loads": pool.quarantined,
-                "evicted_bytes": pool.migrator.evicted_bytes,
+                "evicted_bytes": pool.eviction.migrator.evicted_bytes,
                 "leases": len(pool.leases),
+            },
+            "sampling": {
+                "rung": pool.statistics.rung,
+                "reason": pool.statistics.reason,
+                "clients": [_client(client) for client in pool.statistics.clients.values()],
+                "rungs": {rung.name.lower(): asdict(cost) for rung, cost in sorted(pool.statistics.costs.items())},
             },
             "tiers": [
                 {"name": tier.name, "capacity_bytes": tier.capacity_bytes, "used_bytes": tier.used_bytes}
@@ -45,6 +55,14 @@ def status_of(pool: Pool, name: str | None = None) -> dict[str, Any]:
             "staging_bytes": pool.loader.staging_bytes,
             "models": [_model(pool, record, loads.get(record.id)) for record in records],
         }
+
+
+def heat_of(pool: Pool, name: str) -> ModelHeat:
+    """Heat of each page of a model. Raises ModelNotFound."""
+    with pool.lock:
+        record = pool.catalog.named(name)
+        columns = pool.statistics.heat(record).columns(time.monotonic())
+    return ModelHeat(tuple((segment.layer, segment.pages) for segment in record.manifest.segments), columns)
 
 
 def residency_of(pool: Pool, record: ModelRecord) -> dict[str, str]:
@@ -74,6 +92,7 @@ def _model(pool: Pool, record: ModelRecord, load: Load | None) -> dict[str, Any]
         "pins": record.pins,
         "opens": record.opens,
         "residency": residency_of(pool, record),
+        "heat": _heat(pool.statistics.heat(record).columns(time.monotonic())),
         "last_load": _figures(figures) if figures else None,
     }
 
@@ -86,4 +105,24 @@ def _figures(figures: Figures) -> dict[str, Any]:
         "prefault_thread_s": figures.prefault_thread_s,
         "read_thread_s": figures.read_thread_s,
         "digest_thread_s": figures.digest_thread_s,
+    }
+
+
+def _heat(columns: HeatColumns) -> dict[str, Any]:
+    rate = columns.rate[columns.known]
+    return {
+        "pages": len(columns),
+        "known_pages": int(columns.known.sum()),
+        "touched_pages": int((rate > 0).sum()),
+        "touches_per_s": float(rate.sum()),
+        "rungs": sorted(Rung(code).name.lower() for code in set(columns.rung.tolist()) if code),
+    }
+
+
+def _client(client: Client) -> dict[str, Any]:
+    return {
+        "pid": client.pid,
+        "leases": client.leases,
+        "refused": client.refused,
+        "untrackable_pages": sum(client.untrackable.values()),
     }

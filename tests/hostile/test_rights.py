@@ -58,7 +58,7 @@ for token in (b"", bytes(16), secrets.token_bytes(16)):
     channel = Channel(address, lambda: token)
     attempt(lambda: channel.call("Status", messages.StatusRequest()))
     attempt(lambda: channel.call("Open", messages.OpenRequest(sys.argv[2])))
-    attempt(lambda: next(channel.attach(messages.AttachRequest(1, 1))))
+    attempt(lambda: next(channel.stream("Attach", messages.AttachRequest(1, 1))))
 """
 
 

@@ -199,7 +199,7 @@ def test_a_policy_that_fails_is_reported_and_nothing_moves_any_more(
     (tmp_path / "mine.py").write_text(POLICY.format(body=body))
     first, second = checkpoint("first"), checkpoint("second", seed=1)
     pool = embedded(dram=2 * PAGE_BYTES, policy=str(tmp_path / "mine.py"))
-    policy: Any = pool._pool.migrator.policy
+    policy: Any = pool._pool.eviction.migrator.policy
     pool.load(first.path)
     assert pool.status()["pool"]["policy_failure"] == ""
     for _ in range(2):
@@ -227,7 +227,7 @@ def test_a_policy_cannot_evict_what_is_leased(
         pool.load(third.path)
         assert resident(pool) == {"leased": 2, "idle": 0, "third": 2}
         assert leased.same(model)
-    assert sum(pool._pool.migrator.refused.values()) == 2
+    assert sum(pool._pool.eviction.migrator.refused.values()) == 2
 
 
 def test_hold_keeps_what_is_there(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:

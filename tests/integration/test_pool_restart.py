@@ -65,7 +65,7 @@ def test_what_was_not_kept_is_read_again(start: PoolStarter, checkpoint: Checkpo
     first = start()
     loaded(first, written.path)
     with first.lock:
-        first._evict((first.catalog.named("llama"), 2))
+        first.eviction.evict((first.catalog.named("llama"), 2), "test")
     first.close()
     second = start()
     loaded(second, written.path)

@@ -29,7 +29,10 @@ def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: Checkpoint
     pool.pin("llama")
     model = pool.open("llama")
     status = pool.status()
-    assert set(status) == {"pool", "tiers", "spare", "staging_bytes", "models"}
+    assert set(status) == {"pool", "sampling", "tiers", "spare", "staging_bytes", "models"}
+    assert status["sampling"]["rung"] == "present"
+    assert status["sampling"]["clients"] == [{"pid": os.getpid(), "leases": 1, "refused": "", "untrackable_pages": 0}]
+    assert status["sampling"]["rungs"]["declared"]["pages"] == 3
 
     head = status["pool"]
     assert 0 <= head.pop("uptime_s") <= time.time() - began_s
@@ -48,6 +51,8 @@ def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: Checkpoint
 
     (entry,) = status["models"]
     figures = entry.pop("last_load")
+    heat = entry.pop("heat")
+    assert (heat["pages"], heat["known_pages"], heat["rungs"]) == (3, 0, ["declared"])
     assert entry == {
         "name": "llama", "path": str(written.path), "identity": model.manifest.identity, "tensors": 6, "segments": 3,
         "bytes": written.nbytes, "page_bytes": 3 * PAGE_BYTES, "resident_bytes": 3 * PAGE_BYTES,

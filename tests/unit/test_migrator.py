@@ -43,7 +43,8 @@ class Memory:
             self.record.begin(segment, str(segment))
             self.record.complete(segment)
 
-    def evict(self, place: Place) -> int:
+    def evict(self, place: Place, reason: str) -> int:
+        assert reason == REASON
         record, segment = place
         if segment in self.held or record.keys[segment] is None:
             raise Refused(f"segment {segment} is leased or gone")
@@ -131,7 +132,7 @@ def test_a_policy_that_fails_is_replaced_by_holding(script: Any, failure: str) -
 
 
 def test_an_error_of_the_pool_is_not_swallowed() -> None:
-    def broken(_: Place) -> int:
+    def broken(_place: Place, _reason: str) -> int:
         raise AssertionError("the catalog is damaged")
 
     migrator = Migrator(Scripted([evict(0, 2)]), broken)

@@ -72,6 +72,16 @@ class FakePool:
     async def status(self, request: messages.StatusRequest, session: str) -> StatusReply:
         return StatusReply({"blob": bytes(5 << 20)} if request.name == "large" else {"session": session})
 
+    async def report(self, request: messages.ReportRequest, session: str) -> messages.Empty:
+        raise NotImplementedError
+
+    async def heat(self, request: messages.HeatRequest, session: str) -> messages.HeatReply:
+        raise NotImplementedError
+
+    async def watch(self, request: messages.WatchRequest, session: str) -> AsyncGenerator[messages.WatchEvent, None]:
+        raise NotImplementedError
+        yield
+
     async def release(self, request: messages.ReleaseRequest, session: str) -> Any:
         return object()
 
@@ -291,8 +301,8 @@ def test_a_closed_channel_says_so_also_to_a_call_in_progress(served: Served) -> 
 
 def test_a_stream_ends_when_the_pool_ends_it_and_raises_what_the_pool_raises(served: Served) -> None:
     with connected(served) as channel:
-        assert [event.pool_id for event in channel.attach(AttachRequest(1, pid=0))] == ["session"]
-        stream = channel.attach(AttachRequest(7, pid=1))
+        assert [event.pool_id for event in channel.stream("Attach", AttachRequest(1, pid=0))] == ["session"]
+        stream = channel.stream("Attach", AttachRequest(7, pid=1))
         assert [next(stream).kind, next(stream).kind] == ["attached", "ping"]
         with pytest.raises(errors.ProtocolError, match="speak 1"):
             next(stream)
@@ -300,7 +310,7 @@ def test_a_stream_ends_when_the_pool_ends_it_and_raises_what_the_pool_raises(ser
 
 def test_a_cancelled_stream_ends_and_the_pool_notices(served: Served) -> None:
     with connected(served) as channel:
-        stream = channel.attach(AttachRequest(1, pid=1))
+        stream = channel.stream("Attach", AttachRequest(1, pid=1))
         assert next(stream).kind == "attached"
         assert served.pool.attached.wait(1)
         assert not served.pool.detached.is_set()
@@ -312,10 +322,10 @@ def test_a_cancelled_stream_ends_and_the_pool_notices(served: Served) -> None:
 def test_the_end_of_a_stream_is_told_though_events_are_unread(served: Served) -> None:
     ended = threading.Event()
     with connected(served) as channel:
-        stream = channel.attach(AttachRequest(1, pid=1))
+        stream = channel.stream("Attach", AttachRequest(1, pid=1))
         next(stream)
         assert served.pool.attached.wait(1)
-        stream.on_end(ended.set)
+        stream.follow(lambda event: None, ended.set)
         assert not ended.wait(0.1)
         served.stop()
         assert ended.wait(2)
@@ -323,7 +333,7 @@ def test_the_end_of_a_stream_is_told_though_events_are_unread(served: Served) ->
 
 def test_a_stream_whose_pool_stops_raises_unreachable(served: Served) -> None:
     with connected(served) as channel:
-        stream = channel.attach(AttachRequest(1, pid=1))
+        stream = channel.stream("Attach", AttachRequest(1, pid=1))
         next(stream)
         served.stop()
         with pytest.raises(errors.DaemonUnreachable):
@@ -335,7 +345,7 @@ CLIENT = """
 import sys, time
 from tiermem.rpc.channel import Channel
 from tiermem.rpc.messages import AttachRequest
-stream = Channel(sys.argv[1], lambda: bytes.fromhex(sys.argv[2])).attach(AttachRequest(1, 1))
+stream = Channel(sys.argv[1], lambda: bytes.fromhex(sys.argv[2])).stream("Attach", AttachRequest(1, 1))
 next(stream); print("attached", flush=True); time.sleep(60)
 """
 

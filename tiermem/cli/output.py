@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from tiermem.errors import TiermemError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.table import Table
 
 PIPE_COLUMNS = 80
 """Width of a table where stdout is no terminal."""
@@ -34,16 +35,26 @@ def version() -> str:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
     """A table on stdout. A column whose name starts with `>` is aligned to the right."""
+    show(grid(columns, rows, title))
+
+
+def show(thing: RenderableType) -> None:
+    """Whatever rich can show, on stdout."""
+    _console().print(thing)
+
+
+def grid(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
+    """The table that `table` prints."""
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column.startswith(">")
-        grid.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+        made.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
-    _console().print(grid)
+        made.add_row(*(Text(str(cell)) for cell in row))
+    return made
 
 
 def line(text: str) -> None:

@@ -1,0 +1,96 @@
+"""Metrics: a pool's state and what observing costs, for Prometheus. Computed when it is asked for; never kept.
+
+Owns names and help texts of the metrics, and the HTTP server that a scraper asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from tiermem.errors import ConfigError
+from tiermem.observations import Rung
+from tiermem.pool import Pool
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+_SAMPLING = {
+    "windows": "Windows of page tables that clients reported.",
+    "pages": "Pages that these windows sampled, or that a request named.",
+    "touched": "Pages of them that were touched.",
+    "samples": "Hardware samples of addresses in models.",
+    "foreign": "Hardware samples of other addresses.",
+    "lost": "Samples that found no room in a ring.",
+    "lost_samples": "Samples that the PMU could not take.",
+    "throttled": "Times that the kernel throttled an event.",
+    "sampler_seconds": "CPU time of samplers.",
+    "fault_seconds": "CPU time of faults that sampling caused in clients, as measured there.",
+    "client_seconds": "CPU time of the clients that were sampled.",
+}
+"""Field of a Cost, with `_seconds` for `_s`, -> help. All are counters by rung."""
+
+
+class PoolCollector:
+    """What a scrape gets."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        pool = self._pool
+        with pool.lock:
+            costs = {rung.name.lower(): asdict(cost) for rung, cost in pool.statistics.costs.items()}
+            tiers = [(tier.name, tier.used_bytes, tier.capacity_bytes) for tier in pool.tiers]
+            gauges = {
+                "models": ("Models that the pool knows.", len(pool.catalog)),
+                "leases": ("Leases that are held.", len(pool.leases)),
+                "clients": ("Processes that hold leases.", len(pool.statistics.clients)),
+                "loads": ("Loads in progress.", len(pool.loads())),
+            }
+            evicted, quarantined = pool.eviction.migrator.evicted_bytes, pool.quarantined
+        used = GaugeMetricFamily("tiermem_tier_used_bytes", "Bytes in use.", labels=["tier"])
+        capacity = GaugeMetricFamily("tiermem_tier_capacity_bytes", "Bytes that a tier may hold.", labels=["tier"])
+        for name, used_bytes, capacity_bytes in tiers:
+            used.add_metric([name], used_bytes)
+            if capacity_bytes is not None:
+                capacity.add_metric([name], capacity_bytes)
+        yield from (used, capacity)
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"tiermem_{name}", text, value=value)
+        yield CounterMetricFamily("tiermem_evicted_bytes", "Bytes that left memory by policy.", value=evicted)
+        yield CounterMetricFamily("tiermem_quarantined_loads", "Adopted models with damaged bytes.", value=quarantined)
+        for name, text in _SAMPLING.items():
+            counter = CounterMetricFamily(f"tiermem_sampling_{name}", text, labels=["rung"])
+            for rung in Rung:
+                if cost := costs.get(rung.name.lower()):
+                    counter.add_metric([rung.name.lower()], cost[name.replace("_seconds", "_s")])
+            yield counter
+
+
+class MetricsServer:
+    """An HTTP server of its own thread at `listener` (HOST:PORT). Raises ConfigError where it cannot listen there."""
+
+    def __init__(self, pool: Pool, listener: str) -> None:
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        registry = CollectorRegistry()
+        registry.register(PoolCollector(pool))
+        host, _, port = listener.rpartition(":")
+        try:
+            self._server, self._thread = start_http_server(int(port), host.strip("[]"), registry)
+        except OSError as error:
+            raise ConfigError(f"cannot serve metrics at {listener}: {error.strerror or error}; "
+                              "choose another --metrics-port") from error  # fmt: skip
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
