@@ -1,7 +1,7 @@
 """Agent: the one background thread of a client. Carries out orders in turn, and a task that comes round by itself.
 
 Owns nothing but its queue. Orders may be given from anywhere, also from inside a garbage collection, because giving one
-takes no lock.
+takes no lock that is held for long, or by whoever may collect.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ class Task(Protocol):
     def run(self) -> None:
         """Do it once."""
 
+    def wake(self) -> None:
+        """An order waits: have `run`, if it is under way, return soon."""
+
 
 class Agent:
     """Started at once; a daemon thread, so it never keeps a process alive."""
@@ -39,20 +42,24 @@ class Agent:
 
     def submit(self, order: Order) -> None:
         """Have `order` carried out; what it raises is logged."""
-        self._orders.put(order)
+        self._give(order)
 
     def settle(self, timeout_s: float = 1.0) -> None:
         """Return when what was submitted before is done, or after `timeout_s`: an order may wait for a dead daemon."""
         done = threading.Event()
-        self._orders.put(done.set)
+        self._give(done.set)
         if self._thread.is_alive():
             done.wait(timeout_s)
 
     def close(self) -> None:
         """Carry out what was submitted before, then end."""
-        self._orders.put(None)
+        self._give(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _give(self, order: Order | None) -> None:
+        self._orders.put(order)
+        self._task.wake()
 
     def _run(self) -> None:
         while (order := self._next()) is not None:

@@ -13,12 +13,15 @@ import numpy as np
 from tiermem._native import Range
 from tiermem.errors import TiermemError
 from tiermem.rpc import messages as m
-from tiermem.sampler.client import ClientSampling, Order
+from tiermem.sampler.client import ClientSampling, Order, Report
 from tiermem.sampler.mappings import Window
 from tiermem.types import PAGE_BYTES
 
 _PAUSE_S = 0.1
 """A new mapping is reported a moment later, out of the way of who opens many models."""
+
+_GATHER_S = 1.0
+"""Turns are taken, and windows kept, for about so long: each report costs the client as much as many turns."""
 
 
 class Reporting:
@@ -28,7 +31,9 @@ class Reporting:
         self._send = send
         self._sampling = ClientSampling()
         self._rung = "off"
-        self._not_before_s = 0.0
+        self._not_before_s = self._due_s = self._sent_s = 0.0
+        self._windows: list[m.WindowReport] = []
+        self._costs = 0.0, 0.0, 0.0
         self._mapped: dict[str, m.MappedReport] = {}
         self._unsent: dict[str, m.MappedReport] = {}
         self._untrackable: dict[str, int] = {}
@@ -59,23 +64,47 @@ class Reporting:
         self._sampling.configure(Order(order.rung, order.epoch_s, order.budget))
         self._rung = order.rung
 
+    def wake(self) -> None:
+        """Have `run` return soon; from any thread."""
+        self._sampling.wake()
+
     @property
     def pause_s(self) -> float | None:
-        pause_s = 0.0 if self._unsent else self._sampling.pause_s
-        return None if pause_s is None else max(pause_s, self._not_before_s - time.monotonic())
+        sampling_s, now = self._sampling.pause_s, time.monotonic()
+        if self._unsent or sampling_s == 0.0:
+            wait_s = 0.0
+        elif sampling_s is not None:
+            wait_s = self._due_s - now
+        elif self._windows:
+            wait_s = self._sent_s + _GATHER_S - now
+        else:
+            return None
+        return max(wait_s, self._not_before_s - now, 0.0)
 
     def run(self) -> None:
-        report = self._sampling.tick(time.monotonic())
-        windows: tuple[m.WindowReport, ...] = ()
-        costs = 0.0, 0.0, 0.0
+        refused = self._refused
+        report = self._sampling.tick(time.monotonic(), _GATHER_S)
+        self._due_s = time.monotonic() + (self._sampling.pause_s or 0.0)
         if report is not None:
-            windows, costs = tuple(map(_on_wire, report.windows)), (report.agent_s, report.fault_s, report.client_s)
-            self._refused = report.refused
-            changed = {key: len(pages) for key, pages in report.untrackable.items() if key in self._mapped}
-            self._untrackable |= changed
-            self._untold |= changed.keys()
-        elif not self._unsent:
-            return
+            self._take(report)
+        urgent = self._unsent or self._untold or refused != self._refused
+        if urgent or (self._windows and time.monotonic() >= self._sent_s + _GATHER_S / 2):
+            self._tell()
+
+    def _take(self, report: Report) -> None:
+        self._windows += map(_on_wire, report.windows)
+        agent_s, fault_s, client_s = self._costs
+        self._costs = agent_s + report.agent_s, fault_s + report.fault_s, client_s + report.client_s
+        self._refused = report.refused
+        changed = {key: len(pages) for key, pages in report.untrackable.items() if key in self._mapped}
+        self._untrackable |= changed
+        self._untold |= changed.keys()
+
+    def _tell(self) -> None:
+        begin_s = time.thread_time()
+        windows, self._windows = tuple(self._windows), []  # what does not arrive is no news the next time
+        costs, self._costs = self._costs, (0.0, 0.0, 0.0)
+        self._sent_s = time.monotonic()
         mapped = tuple(self._unsent.values())
         untrackable = tuple(m.UntrackableReport(key, self._untrackable[key]) for key in sorted(self._untold))
         try:
@@ -85,6 +114,7 @@ class Reporting:
             raise
         self._unsent.clear()
         self._untold.clear()
+        self._sampling.charge(time.thread_time() - begin_s)
 
 
 def _on_wire(window: Window) -> m.WindowReport:

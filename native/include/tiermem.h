@@ -97,14 +97,39 @@ int tm_pagemap_look(tm_pagemap *pagemap, uint64_t address, const uint32_t *pages
 /* Unmap these pages (ascending): bytes stay in the file, the next touch maps them again. Pages that are pinned in this
  * mapping (mlock) or not mapped at all are left: done[i] is 1 or 0. pre: looked at just now, none TM_PAGE_PRIVATE */
 int tm_pagemap_zap(tm_pagemap *pagemap, uint64_t address, const uint32_t *pages, uint32_t count, uint8_t *done);
-/* One turn of a sampler: looks at the pages of `was` and of `due` (each ascending), then unmaps those of `due` that are
- * mapped and not private. In between it times the touch of one of these, if `fault_ns` is not NULL; 0: there was none
- * that could be timed. */
-int tm_pagemap_turn(tm_pagemap *pagemap, uint64_t address, const uint32_t *was, uint32_t was_count, uint16_t *was_state,
-                    const uint32_t *due, uint32_t due_count, uint16_t *due_state, uint8_t *due_done, uint64_t *fault_ns);
 /* Keep every `group` pages of [0, pages) a mapping of their own in /proc/self/smaps, or with 0 let the kernel join them. */
 int tm_pagemap_split(tm_pagemap *pagemap, uint64_t address, uint32_t pages, uint32_t group);
 void tm_pagemap_close(tm_pagemap *pagemap);
+
+/* --- sweep: pages of many mappings take turns at being unmapped ----------------------------------------------------- */
+typedef struct tm_sweep tm_sweep; /* one thread runs it at a time; others may add, drop and wake meanwhile */
+#define TM_SWEEP_PINNED 1  /* a device reads the page; set by the caller */
+#define TM_SWEEP_FOREIGN 2 /* it holds memory of this process alone */
+#define TM_SWEEP_HELD 4    /* it is locked, and cannot be unmapped; tried again every round */
+typedef struct tm_sweep_window { /* of one mapping: pages[first] to pages[first + count - 1] were looked for */
+    uint64_t key, begin_ns, end_ns; /* CLOCK_MONOTONIC */
+    uint32_t first, count;
+} tm_sweep_window;
+typedef struct tm_sweep_results { /* arrays and capacities are the caller's, the rest is written by a run */
+    tm_sweep_window *windows;
+    uint32_t *pages;
+    uint8_t *touched;
+    uint32_t window_capacity, page_capacity, window_count, page_count, turns;
+    uint64_t due;      /* pages that had their turn, summed over turns */
+    uint64_t faults;   /* that the client took because pages had been unmapped */
+    uint64_t page_ns;  /* CPU time of looking and unmapping */
+    uint64_t fault_ns; /* what one fault costs; 0: not timed */
+} tm_sweep_results;
+int tm_sweep_open(tm_pagemap *pagemap, tm_sweep **sweep); /* the caller keeps the pagemap */
+/* Pages have their turns in the `order` of their numbers, each of which is in it once; those with a bit in `mask` have none.
+ * Both arrays stay the caller's until the mapping is dropped, which must be before its memory is unmapped. */
+int tm_sweep_add(tm_sweep *sweep, uint64_t key, uint64_t address, uint32_t pages, const uint32_t *order, uint8_t *mask);
+void tm_sweep_drop(tm_sweep *sweep, uint64_t key); /* waits for a turn in progress; unknown keys are none */
+/* Up to `turns` turns, `epoch_ns` apart, of about `quota` pages each; the first is at once. Ends early when it is woken or
+ * when the results are full; -ENOBUFS if they have no room for one turn. */
+int tm_sweep_run(tm_sweep *sweep, uint64_t quota, uint32_t turns, uint64_t epoch_ns, int timed, tm_sweep_results *results);
+void tm_sweep_wake(tm_sweep *sweep);  /* a run, now or the next one, ends after its turn */
+void tm_sweep_close(tm_sweep *sweep);
 
 /* --- ring: samples that the kernel takes, perf_event_open(2) --------------------------------------------------------- */
 typedef struct tm_ring tm_ring; /* one event and its buffer; one thread reads it at a time */

@@ -37,4 +37,9 @@ int tm_pagemap_open_as(bool scans, bool vectored, tm_pagemap **pagemap);
 /* What the touch of this page costs after it was unmapped; does both. -EAGAIN: it cannot be unmapped; -EINVAL before
  * Linux 5.14. pre: as for tm_pagemap_zap */
 int tm_pagemap_fault_ns(tm_pagemap *pagemap, uint64_t address, uint32_t page, uint64_t *ns);
+/* One turn of a sampler: looks at the pages of `was` and of `due` (each ascending), then unmaps those of `due` that are
+ * mapped and not private. In between it times the touch of one of these, if `fault_ns` is not NULL; 0: there was none
+ * that could be timed. */
+int tm_pagemap_turn(tm_pagemap *pagemap, uint64_t address, const uint32_t *was, uint32_t was_count, uint16_t *was_state,
+                    const uint32_t *due, uint32_t due_count, uint16_t *due_state, uint8_t *due_done, uint64_t *fault_ns);
 #endif

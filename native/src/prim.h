@@ -61,6 +61,7 @@ typedef struct tm_os_run { /* alike, neighbouring OS pages that the page tables 
 #define TM_OS_HUGE 2u /* mapped by one 2 MiB entry */
 uint64_t tm_prim_process(void);
 uint64_t tm_prim_now_ns(void);
+uint64_t tm_prim_thread_ns(void); /* CPU time of the calling thread */
 int tm_prim_pagemap_open(int *fd);
 /* Runs of [start, end), ascending. Fewer than `capacity`: that is all; else ask again from the last one's end.
  * -ENOTTY before Linux 6.7. pre: OS pages; capacity <= TM_PRIM_RUNS */

@@ -43,11 +43,15 @@ struct scan_argument {
 
 uint64_t tm_prim_process(void) { return (uint64_t)getpid(); }
 
-uint64_t tm_prim_now_ns(void) {
+static uint64_t read_clock(clockid_t clock) {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(clock, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
+
+uint64_t tm_prim_now_ns(void) { return read_clock(CLOCK_MONOTONIC); }
+
+uint64_t tm_prim_thread_ns(void) { return read_clock(CLOCK_THREAD_CPUTIME_ID); }
 
 int tm_prim_pagemap_open(int *fd) {
     int opened = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);

@@ -22,6 +22,9 @@ class Rounds:
         self.count = 0
         self.failing = False
 
+    def wake(self) -> None:
+        self.woken = True
+
     def run(self) -> None:
         self.count += 1
         if self.failing:

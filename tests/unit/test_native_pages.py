@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -68,8 +70,6 @@ def test_a_write_to_a_copy_on_write_page_is_seen_and_its_range_cannot_be_zapped(
     for range_or_reference in (range_, range_.reference()):
         with pytest.raises(NativeError, match="copy-on-write"):
             pagemap.zap(range_or_reference, pages(1))
-        with pytest.raises(NativeError, match="copy-on-write"):
-            pagemap.turn(range_or_reference, pages(1), pages(1), timed=True)
     assert content[3 * PAGE_BYTES] == 99
 
 
@@ -103,33 +103,57 @@ def test_a_reference_lives_as_long_as_the_memory_and_does_not_prolong_it(memory_
         pagemap.look(reference, pages(0))
 
 
-def test_a_turn_looks_at_both_lists_and_unmaps_what_is_due(memory_file: int) -> None:
-    range_, pagemap = mapped(memory_file), _native.Pagemap()
-    content = np.frombuffer(range_.buffer(), np.uint8)
-    content[[2 * PAGE_BYTES, 3 * PAGE_BYTES, 5 * PAGE_BYTES]].sum()
-    turn = pagemap.turn(range_, pages(1, 3, 5), pages(2, 3, 4), timed=False)
-    assert (turn.was_state & _native.PRESENT > 0).tolist() == [False, True, True]
-    assert (turn.due_state & _native.PRESENT > 0).tolist() == [True, True, False]
-    assert turn.done.tolist() == [True, True, False]
-    assert turn.fault_s == 0.0
-    assert np.flatnonzero(pagemap.look(range_, np.arange(PAGES, dtype=np.uint32))).tolist() == [5]
-    content[2 * PAGE_BYTES]
-    again = pagemap.turn(range_, pages(2, 3), pages(), timed=False)
-    assert (again.was_state & _native.PRESENT > 0).tolist() == [True, False]
-
-
-def test_the_touch_that_a_turn_times_leaves_no_page_mapped(memory_file: int) -> None:
-    range_, pagemap = mapped(memory_file), _native.Pagemap()
-    assert pagemap.turn(range_, pages(), pages(4), timed=True).fault_s == 0.0, "nothing is mapped that could be timed"
-    np.frombuffer(range_.buffer(), np.uint8)[::PAGE_BYTES].sum()
-    turn = pagemap.turn(range_, pages(), pages(*range(PAGES)), timed=True)
-    assert 0 < turn.fault_s < 0.5
-    assert turn.done.all()
-    assert not pagemap.look(range_, np.arange(PAGES, dtype=np.uint32)).any()
-
-
 def test_a_closed_pagemap_says_so(memory_file: int) -> None:
     range_, pagemap = mapped(memory_file), _native.Pagemap()
     pagemap.close()
     with pytest.raises(Closed, match="pagemap"):
         pagemap.look(range_, pages(0))
+
+
+def swept(memory_file: int, mask: np.ndarray) -> tuple[_native.Range, _native.Sweep]:  # type: ignore[type-arg]
+    range_, sweep = mapped(memory_file), _native.Sweep(_native.Pagemap())
+    sweep.add(1, range_.reference(), np.arange(PAGES, dtype=np.uint32), mask)
+    return range_, sweep
+
+
+def test_a_sweep_tells_what_was_touched_between_two_turns(memory_file: int) -> None:
+    mask = np.zeros(PAGES, np.uint8)
+    mask[1] = _native.PINNED
+    range_, sweep = swept(memory_file, mask)
+    content = np.frombuffer(range_.buffer(), np.uint8)
+    content[::PAGE_BYTES].sum()
+    first = sweep.run(PAGES, timed=True)
+    assert (first.windows, first.turns, first.due) == ((), 1, PAGES - 1)
+    assert 0 < first.fault_s < 0.5
+    content[2 * PAGE_BYTES]
+    second = sweep.run(PAGES)
+    (window,) = second.windows
+    assert window.key == 1
+    assert window.pages.tolist() == [page for page in range(PAGES) if page != 1]
+    assert window.pages[window.touched].tolist() == [2]
+    assert second.faults == 1
+    assert second.page_s > 0
+
+
+def test_a_run_of_turns_ends_when_it_is_woken(memory_file: int) -> None:
+    range_, sweep = swept(memory_file, np.zeros(PAGES, np.uint8))
+    threading.Timer(0.05, sweep.wake).start()
+    begin = time.monotonic()
+    found = sweep.run(PAGES, 1000, 0.01)
+    assert time.monotonic() - begin < 5
+    assert 1 < found.turns < 1000
+    assert len(found.windows) == found.turns - 1
+    assert not range_.closed
+
+
+def test_a_dropped_mapping_and_a_closed_sweep_are_left_alone(memory_file: int) -> None:
+    range_, sweep = swept(memory_file, np.zeros(PAGES, np.uint8))
+    sweep.drop(1)
+    sweep.drop(1)
+    assert sweep.run(PAGES).due == 0
+    sweep.close()
+    sweep.drop(1)
+    sweep.wake()
+    with pytest.raises(Closed, match="sweep"):
+        sweep.run(PAGES)
+    assert not range_.closed

@@ -46,6 +46,7 @@ def pool() -> Pool:
 @pytest.fixture
 def own(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Reporting:
     monkeypatch.setattr(reporting, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(reporting, "_GATHER_S", 0.0)
     return Reporting(pool.send)
 
 

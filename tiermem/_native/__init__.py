@@ -20,10 +20,12 @@ from tiermem._native.memory import (
 )
 from tiermem._native.pages import HUGE, PRESENT, PRIVATE, Pagemap
 from tiermem._native.perf import RECORD, Count, Decoded, Decoder, Event, Layout, Ring, Spe, decode_spe
+from tiermem._native.sweep import FOREIGN, HELD, PINNED, Sweep, Swept
 
 __all__ = [
     "E_ALIGN", "E_RANGE", "E_SEALED", "E_SHORT", "HUGE", "PAGE_BYTES", "PRESENT", "PRIVATE",
-    "Pagemap", "Range", "RangeReference", "Reader", "Segment", "Staging", "Stock",
+    "FOREIGN", "HELD", "PINNED",
+    "Pagemap", "Range", "RangeReference", "Reader", "Segment", "Staging", "Stock", "Sweep", "Swept",
     "RECORD", "Count", "Decoded", "Decoder", "Event", "Layout", "Ring", "Spe", "decode_spe",
     "check", "copy", "ffi", "lib", "tmpfs_detached", "tmpfs_mount", "tmpfs_resize", "tmpfs_unmount", "version",
 ]  # fmt: skip

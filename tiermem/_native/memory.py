@@ -136,11 +136,13 @@ class Range(Handle):
         self.nbytes: int = lib.tm_range_bytes(handle)
         self.cow = cow
         # Shared with the destructor, which must not hold the wrapper itself.
-        self._callbacks = callbacks = list[Callable[[], None]]()
+        self._before, self._after = before, after = list[Callable[[], None]](), list[Callable[[], None]]()
 
         def release(range_: Any) -> None:
+            for callback in before:
+                callback()
             lib.tm_range_release(range_)
-            for callback in callbacks:
+            for callback in after:
                 callback()
 
         super().__init__(handle, release, f"of {self.nbytes} bytes")
@@ -152,9 +154,13 @@ class Range(Handle):
         check(lib.tm_range_reserve(nbytes, made), f"cannot reserve {nbytes} bytes of addresses")
         return cls(made[0], cow=cow)
 
+    def before_release(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called just before the memory is unmapped, possibly from inside a garbage collection."""
+        self._before.append(callback)
+
     def on_release(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called once the memory is unmapped, possibly from inside a garbage collection."""
-        self._callbacks.append(callback)
+        """The same, once the memory is unmapped."""
+        self._after.append(callback)
 
     @property
     def address(self) -> int:

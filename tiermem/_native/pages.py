@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +19,6 @@ mapped by one 2 MiB entry."""
 
 Pages = npt.NDArray[np.uint32]
 """Page numbers of a range, ascending and distinct."""
-
-
-class Turn(NamedTuple):
-    """States of the pages that were looked at, which of those that were due are unmapped now, and the seconds that one
-    touch took; 0 where none was timed."""
-
-    was_state: npt.NDArray[np.uint16]
-    due_state: npt.NDArray[np.uint16]
-    done: npt.NDArray[np.bool_]
-    fault_s: float
 
 
 class Pagemap(Handle):
@@ -69,26 +58,6 @@ class Pagemap(Handle):
         check(status, f"cannot unmap {len(pages)} pages")
         del owner
         return done
-
-    def turn(self, range_: Range | RangeReference, was: Pages, due: Pages, *, timed: bool) -> Turn:
-        """Look at the pages `was` and `due`, then unmap those of `due` that are mapped and not PRIVATE, as `zap` does.
-
-        `timed`: also time the touch of one of them. Raises Closed, NativeError.
-        """
-        _shared(range_, was)
-        owner, address = _shared(range_, due)
-        was_state, due_state = np.empty(len(was), np.uint16), np.empty(len(due), np.uint16)
-        done = np.empty(len(due), np.bool_)
-        ns = ffi.new("uint64_t *") if timed else ffi.NULL
-        status = lib.tm_pagemap_turn(
-            self.live(), address,
-            ffi.from_buffer("uint32_t[]", was), len(was), ffi.from_buffer("uint16_t[]", was_state),
-            ffi.from_buffer("uint32_t[]", due), len(due), ffi.from_buffer("uint16_t[]", due_state),
-            ffi.from_buffer("uint8_t[]", done), ns,
-        )  # fmt: skip
-        check(status, f"cannot look at {len(was)} pages and unmap {len(due)}")
-        del owner
-        return Turn(was_state, due_state, done, int(ns[0]) * 1e-9 if timed else 0.0)
 
     def split(self, range_: Range | RangeReference, pages: int, group: int) -> None:
         """Make every `group` of the first `pages` pages a mapping of its own; 0 undoes it. Raises Closed, NativeError

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tiermem import _native
 from tiermem.errors import Refused
 from tiermem.observations import Bits, Rung
-from tiermem.sampler.mappings import Epoch, Mapping, Window
+from tiermem.sampler.mappings import Found, Mapping, Window
 from tiermem.types import PAGE_BYTES
 
 _PROC = Path("/proc/self")
@@ -41,7 +41,6 @@ class AccessedSampler:
     """
 
     note: ClassVar[str] = "reserved 2 MiB pages show no accessed bit; sample by rung present"
-    fault_s: ClassVar[float] = 0.0
     _readers: ClassVar[weakref.WeakValueDictionary[int, AccessedSampler]] = weakref.WeakValueDictionary()
 
     def __init__(self, pagemap: _native.Pagemap | None = None) -> None:
@@ -55,10 +54,10 @@ class AccessedSampler:
         self._clear()
         self._readers[self._pid] = self
 
-    def epoch(self, mappings: Sequence[Mapping], now_s: float, quota: int) -> Epoch:
-        """Tell of all pages of mappings that were there at the last epoch; `quota` has no say in it."""
+    def sample(self, mappings: Sequence[Mapping], now_s: float, quota: int, turns: int, epoch_s: float) -> Found:
+        """Tell of all pages of mappings that were there at the last turn. Always one turn, of all pages."""
         if os.getpid() != self._pid:
-            return Epoch((), 0)
+            return Found(())
         windows = list[Window]()
         begin = time.monotonic()
         old = [(mapping, mapping.live()) for mapping in mappings if mapping.generation in self._groups]
@@ -71,7 +70,10 @@ class AccessedSampler:
         self._make_apart(mappings)
         self._clear()
         self._begin_s = now_s + time.monotonic() - begin
-        return Epoch(tuple(windows), 0)
+        return Found(tuple(windows))
+
+    def wake(self) -> None:
+        """It never sleeps."""
 
     def close(self) -> None:
         """Let the kernel join the mappings again."""
@@ -111,10 +113,10 @@ class AccessedSampler:
         for start, stop, referenced, hugetlb in inside.tolist():
             pages = slice(start // PAGE_BYTES, stop // PAGE_BYTES)
             count = (stop - start) // PAGE_BYTES
-            mapping.held[pages] = bool(hugetlb)
+            mapping.mark(pages, _native.HELD, on=bool(hugetlb))
             seen[pages] = count <= group and (count == 1 or referenced in (0, stop - start))
             touched[pages] = referenced > 0
-        told = np.flatnonzero(seen & ~(mapping.foreign | mapping.pinned | mapping.held))
+        told = np.flatnonzero(seen & (mapping.mask == 0))
         if now_s <= self._begin_s or not len(told):
             return None
         return Bits(Rung.ACCESSED, self._begin_s, now_s, told.astype(np.int32), touched[told])

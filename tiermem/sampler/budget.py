@@ -14,7 +14,7 @@ LEAST_PART, LEAST_PAGES = 1 / 64, 16
 IDLE = 0.01
 """Of one core: a client that uses less is not sampled, its windows last longer."""
 
-IDLE_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+IDLE_PAUSE_S, LONGEST_PAUSE_S = 1.0, 120.0
 _UNSEEN = 1.25
 """What sampling costs beside what can be measured here: the client finds caches and TLBs emptied. From paired runs."""
 
@@ -31,14 +31,14 @@ class Spent:
     agent_s: float
     page_s: float
     fault_s: float
-    pages: int
+    pages: float
     client_s: float
     wall_s: float
 
 
 class Budget:
-    """Keeps agent_s + fault_s, and what they entail, at `fraction` of client_s, where an epoch costs something by itself,
-    and something for each page. `pause_s`: until the next epoch."""
+    """Keeps agent_s + fault_s, and what they entail, at `fraction` of client_s, where an epoch costs something by
+    itself, and something for each page. `pause_s`: until the next epoch."""
 
     def __init__(self, fraction: float = 0.01, epoch_s: float = 0.1) -> None:
         self.pause_s = epoch_s

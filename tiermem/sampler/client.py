@@ -22,7 +22,7 @@ from tiermem import _native
 from tiermem.errors import ConfigError, TiermemError
 from tiermem.sampler.accessed import AccessedSampler
 from tiermem.sampler.budget import Budget, Spent
-from tiermem.sampler.mappings import Epoch, Mapping, Window
+from tiermem.sampler.mappings import Found, Mapping, Window
 from tiermem.sampler.present import PresentSampler
 from tiermem.types import PAGE_BYTES
 
@@ -94,8 +94,8 @@ class _Meter:
         self.tick_client_s = 0.0
         self._seen_cpu_s = time.process_time()
         self._began_s: float | None = None
-        self._agent_s = self._page_s = self._fault_s = self._client_s = 0.0
-        self._pages = 0
+        self._found = Found(())
+        self._agent_s = self._client_s = 0.0
         self._report = [0.0, 0.0, 0.0]
 
     def count_client(self) -> None:
@@ -111,20 +111,23 @@ class _Meter:
         self._agent_s += agent_s
         self._report[0] += agent_s
 
-    def begin_epoch(self, now_s: float, epoch: Epoch, fault_s: float) -> None:
-        """`epoch` began now; its faults are of the one before, and so is what was counted until now."""
-        self._began_s, self._pages, self._page_s, self._fault_s = now_s, epoch.pages, epoch.page_s, fault_s
+    def found(self, began_s: float, found: Found) -> None:
+        """Turns that began then were taken; what was counted until now is of those before."""
+        self._began_s, self._found = began_s, found
         self._agent_s = self._client_s = 0.0
-        self._report[1] += fault_s
+        self._report[1] += found.fault_s
 
-    def forget_epoch(self) -> None:
+    def forget(self) -> None:
         self._began_s = None
 
     def spent(self, now_s: float) -> Spent | None:
+        """What each of the last turns cost."""
         if self._began_s is None:
             return None
+        found, turns = self._found, max(self._found.turns, 1)
         wall_s = now_s - self._began_s
-        return Spent(self._agent_s, self._page_s, self._fault_s, self._pages, self._client_s, wall_s)
+        return Spent(self._agent_s / turns, found.page_s / turns, found.fault_s / turns, found.pages / turns,
+                     self._client_s / turns, wall_s / turns)  # fmt: skip
 
     def reported(self) -> tuple[float, float, float]:
         """CPU seconds since the last report: agent, faults, client."""
@@ -147,6 +150,7 @@ class ClientSampling:
         self._sampler: PresentSampler | AccessedSampler | None = None
         self._budget = Budget()
         self._epoch = 0
+        self._turns = 1
         self._refused, self._told_refused = "", ""
         self._ticked_s: float | None = None
         self._meter = _Meter()
@@ -170,7 +174,7 @@ class ClientSampling:
             member = self._members.get(key)
             self._pinned_read_s = -math.inf
             if member is not None and member.mapping is not None:
-                member.mapping.pinned[np.asarray(pages, np.int64)] = True
+                member.mapping.mark(np.asarray(pages, np.int64), _native.PINNED)
 
     def configure(self, order: Order) -> None:
         """Carry out this order from now on. What is refused is told by the next report."""
@@ -181,9 +185,9 @@ class ClientSampling:
                 return
             if order.rung != self._order.rung or self._sampler is None:
                 self._start(order.rung)
-            self._order = order
+            self._order, self._turns = order, 1
             self._budget = Budget(order.budget, order.epoch_s)
-            self._meter.forget_epoch()
+            self._meter.forget()
 
     @property
     def pause_s(self) -> float | None:
@@ -199,20 +203,29 @@ class ClientSampling:
                 return None
             return self._budget.pause_s
 
-    def tick(self, now_s: float) -> Report | None:
-        """Sample, if it is time to; None if there is nothing to tell. `now_s`: CLOCK_MONOTONIC."""
+    def tick(self, now_s: float, gather_s: float = 0.0) -> Report | None:
+        """Sample, if it is time to; None if there is nothing to tell. `now_s`: CLOCK_MONOTONIC.
+
+        With `gather_s` turns are taken for about so long, without Python in between; `wake` ends that.
+        """
         if os.getpid() != self._pid:
             return None
         with self._lock:
             begin = time.thread_time()
             self._meter.count_client()
             mapped, gone = self._changes()
-            windows, untrackable = self._sample(now_s) if self._sampler is not None else ((), {})
+            windows, untrackable = self._sample(now_s, gather_s) if self._sampler is not None else ((), {})
             self._meter.count_agent(time.thread_time() - begin)
             if not (windows or mapped or gone or untrackable or self._refused != self._told_refused):
                 return None
             self._told_refused = self._refused
             return Report(self._epoch, windows, mapped, gone, untrackable, self._refused, *self._meter.reported())
+
+    def wake(self) -> None:
+        """Have a tick that gathers return soon; takes no lock."""
+        sampler = self._sampler
+        if sampler is not None:
+            sampler.wake()
 
     def charge(self, agent_s: float) -> None:
         """The agent's thread also used so many CPU seconds for what sampling needs: telling the pool."""
@@ -225,7 +238,7 @@ class ClientSampling:
         self._sampler, self._refused, self._ticked_s, self._pinned_read_s = None, "", None, -math.inf
         for member in self._members.values():
             if member.mapping is not None:
-                member.mapping.held[:] = False
+                member.mapping.mark(slice(None), _native.HELD, on=False)
         if rung == "off":
             return
         try:
@@ -243,7 +256,7 @@ class ClientSampling:
         gone = tuple(key for key, member in ended.items() if member.mapped)
         return tuple((key, member.range.address) for key, member in new.items()), gone
 
-    def _sample(self, now_s: float) -> tuple[tuple[Window, ...], dict[str, npt.NDArray[np.int32]]]:
+    def _sample(self, now_s: float, gather_s: float) -> tuple[tuple[Window, ...], dict[str, npt.NDArray[np.int32]]]:
         assert self._sampler is not None
         last_s, self._ticked_s = self._ticked_s, now_s
         if last_s is not None and self._budget.is_idle(self._meter.tick_client_s, now_s - last_s):
@@ -254,21 +267,24 @@ class ClientSampling:
             self._refused = _PINNED_UNKNOWN.format(self._unknown_pinned)
             return (), self._untrackable(all_=True)
         quota = self._budget.pages(sum(mapping.pages for mapping in mappings), self._meter.spent(now_s))
+        # A budget that is not known yet, or that wants long pauses, is asked after each turn.
+        steady = self._budget.pause_s <= self._order.epoch_s
+        self._turns = min(2 * self._turns, max(1, round(gather_s / self._order.epoch_s))) if steady else 1
         try:
-            found = self._sampler.epoch(mappings, now_s, quota)
+            found = self._sampler.sample(mappings, now_s, quota, self._turns, self._order.epoch_s)
         except TiermemError as error:
             self._sampler.close()
             self._sampler, self._refused = None, str(error)
             return (), {}
-        self._epoch += 1
-        self._meter.begin_epoch(now_s, found, found.faults * self._sampler.fault_s)
+        self._epoch += found.turns
+        self._meter.found(now_s, found)
         self._refused = self._note(mappings)
         return found.windows, self._untrackable()
 
     def _note(self, mappings: Sequence[Mapping]) -> str:
         assert self._sampler is not None
         notes = []
-        if any(mapping.held.any() for mapping in mappings):
+        if any((mapping.mask & _native.HELD).any() for mapping in mappings):
             notes.append(self._sampler.note)
         if any(member.mapping is None for member in self._members.values()):
             notes.append(_COW)
@@ -293,5 +309,5 @@ class ClientSampling:
         except OSError:
             found = None
         mappings = (member.mapping for member in self._members.values())
-        known = sum(int(mapping.pinned.sum()) for mapping in mappings if mapping is not None) * PAGE_BYTES
+        known = sum(int((of.mask & _native.PINNED > 0).sum()) for of in mappings if of is not None) * PAGE_BYTES
         self._unknown_pinned = max(int(found[1]) * 1024 - known, 0) if found else 0

@@ -29,22 +29,23 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Epoch:
-    """What one turn of a sampler found: windows that ended now, and the page faults that sampling made since the last
-    turn. `pages` have their turn now; `page_s` of the CPU seconds that this took are for them."""
+class Found:
+    """What one or several turns of a sampler found: windows that ended, and what it knows of the cost. `pages` had
+    their turn; `page_s` of the CPU seconds that this took are for them; `fault_s` are those of the client's faults."""
 
     windows: tuple[Window, ...]
-    faults: int
+    turns: int = 1
     pages: int = 0
     page_s: float = 0.0
+    fault_s: float = 0.0
 
 
 class Mapping:
     """Model page number p lies at `range_.address` + p * 2 MiB, for `pages` pages. `generation` is never used twice.
 
-    Masks of pages that cannot be sampled: `foreign` ones hold memory that was mapped over the model, `pinned` ones are
-    read by a device, `held` ones the present sampler cannot see. Raises Refused for a copy-on-write range: emptying its
-    page tables would throw away the process's own writes.
+    `mask` has a bit for each reason why a page cannot be sampled: PINNED ones are read by a device, FOREIGN ones hold
+    memory that was mapped over the model, HELD ones the present sampler cannot unmap. Raises Refused for a
+    copy-on-write range: emptying its page tables would throw away the process's own writes.
     """
 
     def __init__(self, key: str, range_: _native.Range, pages: int) -> None:
@@ -58,7 +59,20 @@ class Mapping:
         self.pages = pages
         self.generation = next(_generations)
         self.range = range_.reference()
-        self.foreign, self.pinned, self.held = (np.zeros(pages, np.bool_) for _ in range(3))
+        self.mask = np.zeros(pages, np.uint8)
+        self._sweep: _native.Sweep | None = None
+        range_.before_release(self.leave)
+
+    def join(self, sweep: _native.Sweep, order: npt.NDArray[np.uint32]) -> None:
+        """Have its pages swept in this order, until it is unmapped or leaves. Raises Closed, NativeError."""
+        self._sweep = sweep  # before it is added, since from then on it may be unmapped
+        sweep.add(self.generation, self.range, order, self.mask)
+
+    def leave(self) -> None:
+        """Have its pages swept no more."""
+        sweep, self._sweep = self._sweep, None
+        if sweep is not None:
+            sweep.drop(self.generation)
 
     def live(self) -> Any | None:
         """The native handle, which keeps the memory mapped while it is held; None once it is unmapped."""
@@ -67,16 +81,13 @@ class Mapping:
         except Closed:
             return None
 
-    @property
-    def blemished(self) -> bool:
-        """Whether there are any such pages."""
-        return bool(self.foreign.any() or self.pinned.any() or self.held.any())
-
-    def sampled(self, pages: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
-        """Which of `pages` can be sampled."""
-        lost: npt.NDArray[np.bool_] = self.foreign[pages] | self.pinned[pages] | self.held[pages]
-        return ~lost
+    def mark(self, pages: npt.NDArray[np.integer[Any]] | slice, bit: int, *, on: bool = True) -> None:
+        """Set or clear one reason."""
+        if on:
+            self.mask[pages] |= np.uint8(bit)
+        else:
+            self.mask[pages] &= np.uint8(~bit & 0xFF)
 
     def untrackable(self) -> npt.NDArray[np.int32]:
         """Page numbers that cannot be sampled, ascending."""
-        return np.flatnonzero(self.foreign | self.pinned | self.held).astype(np.int32)
+        return np.flatnonzero(self.mask).astype(np.int32)
