@@ -117,7 +117,7 @@ typedef struct tm_sweep_results { /* arrays and capacities are the caller's, the
     uint32_t window_capacity, page_capacity, window_count, page_count, turns;
     uint64_t due;      /* pages that had their turn, summed over turns */
     uint64_t faults;   /* that the client took because pages had been unmapped */
-    uint64_t page_ns;  /* CPU time of looking and unmapping */
+    uint64_t turn_ns;  /* CPU time of looking and unmapping */
     uint64_t fault_ns; /* what one fault costs; 0: not timed */
 } tm_sweep_results;
 int tm_sweep_open(tm_pagemap *pagemap, tm_sweep **sweep); /* the caller keeps the pagemap */

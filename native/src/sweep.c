@@ -174,7 +174,7 @@ static int turn_mapping(tm_sweep *sweep, struct mapping *mapping, double share, 
     uint64_t fault_ns = 0, end_ns = tm_prim_now_ns(), begin_cpu = tm_prim_thread_ns();
     int status = tm_pagemap_turn(sweep->pagemap, mapping->address, mapping->was, mapping->was_count, scratch.was_state,
                                  scratch.due, due, scratch.due_state, scratch.done, timed ? &fault_ns : NULL);
-    results->page_ns += tm_prim_thread_ns() - begin_cpu;
+    results->turn_ns += tm_prim_thread_ns() - begin_cpu;
     if (status == 0) {
         tell_window(mapping, scratch.was_state, end_ns, results);
         mapping->was_count = 0;
@@ -238,7 +238,7 @@ static bool sleep_until(tm_sweep *sweep, uint64_t until_ns) {
 int tm_sweep_run(tm_sweep *sweep, uint64_t quota, uint32_t turns, uint64_t epoch_ns, int timed,
                  tm_sweep_results *results) {
     results->window_count = results->page_count = results->turns = 0;
-    results->due = results->faults = results->page_ns = results->fault_ns = 0;
+    results->due = results->faults = results->turn_ns = results->fault_ns = 0;
     uint64_t next_ns = tm_prim_now_ns();
     int status = 0;
     for (uint32_t done = 0; done < turns && status == 0; done++) {

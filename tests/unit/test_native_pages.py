@@ -132,7 +132,7 @@ def test_a_sweep_tells_what_was_touched_between_two_turns(memory_file: int) -> N
     assert window.pages.tolist() == [page for page in range(PAGES) if page != 1]
     assert window.pages[window.touched].tolist() == [2]
     assert second.faults == 1
-    assert second.page_s > 0
+    assert second.turn_s > 0
 
 
 def test_a_run_of_turns_ends_when_it_is_woken(memory_file: int) -> None:

@@ -6,19 +6,22 @@ from itertools import pairwise
 
 import pytest
 
-from tiermem.sampler.budget import LONGEST_PAUSE_S, Budget, Spent
+from tiermem.sampler.budget import _UNSEEN, LONGEST_PAUSE_S, Budget, Spent
 
 
 def run(
-    budget: Budget, total: int, epochs: int, *, page_s: float, agent_s: float = 1e-4, busy: float = 1.0
+    budget: Budget, total: int, epochs: int, *, page_s: float, agent_s: float = 1e-4, look_s: float = 2e-7
 ) -> tuple[list[int], list[float]]:
-    """Epochs of a client that touches all of its pages and uses `busy` cores: pages of each, and cost over CPU time."""
+    """Epochs of a client that touches all of its pages, and whose turns take `look_s` a page: pages of each epoch, and
+    its cost over CPU time."""
     pages, costs = [budget.pages(total, None)], list[float]()
     for _ in range(epochs):
         wall_s = budget.pause_s
-        client_s = wall_s * busy
-        spent = Spent(agent_s, 0.0, pages[-1] * page_s, pages[-1], client_s, wall_s)
-        costs.append((spent.agent_s + spent.fault_s) / client_s * 1.25)  # with what it entails
+        client_s = wall_s
+        spent = Spent(
+            agent_s + pages[-1] * look_s, pages[-1] * look_s, pages[-1] * page_s, pages[-1], 1, client_s, wall_s
+        )
+        costs.append((spent.agent_s + spent.fault_s) / client_s * _UNSEEN)
         pages.append(budget.pages(total, spent))
     return pages, costs
 
@@ -51,9 +54,9 @@ def test_too_dear_at_the_least_part_makes_longer_epochs_and_cheaper_again_shorte
 
 
 def test_the_first_epoch_is_small_and_growth_is_steady() -> None:
-    pages, _ = run(Budget(), 1 << 16, 12, page_s=1e-8)
+    pages, _ = run(Budget(), 1 << 16, 12, page_s=1e-8, look_s=0.0)
     assert pages[0] == 1024
-    assert all(later <= 2 * earlier for earlier, later in pairwise(pages))
+    assert all(later <= 4 * earlier for earlier, later in pairwise(pages))
     assert pages[-1] == 1 << 16
 
 
@@ -83,4 +86,4 @@ def test_idleness_does_not_shorten_epochs_that_cost_made_longer() -> None:
 def test_no_cost_at_all_divides_by_nothing() -> None:
     budget = Budget()
     budget.pages(1000, None)
-    assert budget.pages(1000, Spent(0.0, 0.0, 0.0, 16, 0.0, 0.1)) >= 16
+    assert budget.pages(1000, Spent(0.0, 0.0, 0.0, 16, 1, 0.0, 0.1)) >= 16

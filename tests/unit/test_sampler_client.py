@@ -18,7 +18,7 @@ from tiermem.observations import Rung
 from tiermem.sampler import client as client_module
 from tiermem.sampler.client import ClientSampling, Order, Report
 from tiermem.sampler.mappings import Mapping
-from tiermem.sampler.present import PresentSampler
+from tiermem.sampler.present import PresentSampler, turn_order
 from tiermem.types import PAGE_BYTES
 
 PRESENT = Order("present", epoch_s=0.01, budget=1.0)
@@ -252,20 +252,25 @@ def test_a_forked_child_does_nothing_and_does_not_hang() -> None:
     assert report.windows[0].bits.touched.tolist() == [False, True, False, False]
 
 
-def test_each_page_has_its_turn_equally_often_and_pages_of_a_layer_have_theirs_apart() -> None:
+def test_each_page_has_its_turn_equally_often_and_no_two_runs_follow_each_other() -> None:
     range_, content = mapped(100)
     mapping, sampler = Mapping("a", range_, 100), PresentSampler()
-    counts, together = np.zeros(100, np.int64), list[int]()
-    now = 0.0
-    for _ in range(41):  # of 10 pages each; the first begins only
-        now += 1.0
-        epoch = sampler.sample([mapping], now, 10, 1, 0.1)
-        for window in epoch.windows:
+    counts = np.zeros(100, np.int64)
+    for now in range(41):  # of 10 pages each; the first begins only
+        for window in sampler.sample([mapping], float(now), 10, 1, 0.1).windows:
             counts[window.bits.pages] += 1
-            together.append(int(np.bincount(window.bits.pages // 25).max()))  # of a layer
     assert counts.tolist() == [4] * 100
-    assert np.mean(together) < 8
     assert content[0] == 0
+
+
+@pytest.mark.parametrize("pages", [1, 31, 32, 33, 1024, 71680])
+def test_the_order_of_turns_has_each_page_once_and_scatters_runs_of_neighbours(pages: int) -> None:
+    order = turn_order(pages).astype(np.int64)
+    assert np.array_equal(np.sort(order), np.arange(pages))
+    jumps = np.count_nonzero(np.diff(order) != 1)
+    assert jumps <= -(-pages // 32)
+    if pages >= 1024:
+        assert jumps > pages / 32 * 0.8
 
 
 def test_a_quota_below_one_page_an_epoch_still_reaches_every_page_of_small_mappings() -> None:

@@ -31,14 +31,14 @@ class SweptWindow(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """What a run of turns found. `due`: pages that had a turn; `page_s`: CPU seconds of looking and unmapping;
+    """What a run of turns found. `due`: pages that had a turn; `turn_s`: CPU seconds of looking and unmapping;
     `fault_s`: of one fault, 0 where none was timed."""
 
     windows: tuple[SweptWindow, ...]
     turns: int
     due: int
     faults: int
-    page_s: float
+    turn_s: float
     fault_s: float
 
 
@@ -91,8 +91,8 @@ class Sweep(Handle):
         status = lib.tm_sweep_run(self.live(), quota, turns, int(epoch_s * 1e9), timed, results)
         check(status, f"cannot sweep {quota} pages")
         found = tuple(_windows(windows, results.window_count, pages, touched))
-        page_s, fault_s = results.page_ns * 1e-9, results.fault_ns * 1e-9
-        return Swept(found, results.turns, results.due, results.faults, page_s, fault_s)
+        turn_s, fault_s = results.turn_ns * 1e-9, results.fault_ns * 1e-9
+        return Swept(found, results.turns, results.due, results.faults, turn_s, fault_s)
 
     def wake(self) -> None:
         """Have a run, now or the next one, end after its turn."""

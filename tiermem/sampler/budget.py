@@ -16,29 +16,35 @@ IDLE = 0.01
 
 IDLE_PAUSE_S, LONGEST_PAUSE_S = 1.0, 120.0
 _UNSEEN = 1.25
-"""What sampling costs beside what can be measured here: the client finds caches and TLBs emptied. From paired runs."""
+"""What sampling costs, in what of it can be measured here: the client also finds caches and TLBs emptied, and is
+interrupted for that. From paired runs of tests/bench/sampling.py."""
 
-_KEPT = 0.7
-_MOST_GROWTH = 2.0
+_GUESSED_PAGE_S = 0.25e-6
+_CHANGE = 0.25
+"""By so much the pages of an epoch must have changed to tell what each of them costs in a turn."""
+
+_KEPT = 0.5
+_MOST_GROWTH = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What happened since the last epoch. CPU seconds: `agent_s` of the agent; `page_s` what of them grows with the
-    pages that it looks at and unmaps; `fault_s` of page faults that sampling made; `client_s` of the client without the
-    agent. `wall_s` is how long that was."""
+    """What a tick of `turns` epochs cost. CPU seconds: `agent_s` of the agent; `turn_s` what of them went into looking
+    at pages and unmapping them; `fault_s` of page faults that sampling made; `client_s` of the client without the
+    agent. `pages` had a turn; `wall_s` is how long all that was."""
 
     agent_s: float
-    page_s: float
+    turn_s: float
     fault_s: float
-    pages: float
+    pages: int
+    turns: int
     client_s: float
     wall_s: float
 
 
 class Budget:
-    """Keeps agent_s + fault_s, and what they entail, at `fraction` of client_s, where an epoch costs something by
-    itself, and something for each page. `pause_s`: until the next epoch."""
+    """Keeps agent_s + fault_s, and what they entail, at `fraction` of client_s, where a tick costs something by itself,
+    each of its epochs too, and each page in it a little more. `pause_s`: from one epoch to the next."""
 
     def __init__(self, fraction: float = 0.01, epoch_s: float = 0.1) -> None:
         self.pause_s = epoch_s
@@ -46,7 +52,8 @@ class Budget:
         self._fraction = fraction
         self._pages = 0.0
         self._known = False
-        self._fixed_s = self._page_s = self._sampled = self._client_s = self._wall_s = 0.0
+        self._tick_s = self._turn_s = self._fault_s = self._sampled = self._client_s = self._wall_s = 0.0
+        self._page_s = _GUESSED_PAGE_S
         self._idle_pause_s = 0.0
 
     def is_idle(self, client_s: float, wall_s: float) -> bool:
@@ -59,35 +66,41 @@ class Budget:
         self.pause_s = max(self.pause_s, min(2 * self.pause_s, IDLE_PAUSE_S))
         return True
 
-    def pages(self, total: int, spent: Spent | None) -> int:
-        """Pages of the next epoch, out of `total`. `spent` is None in the first one."""
+    def pages(self, total: int, spent: Spent | None, turns: int = 1) -> int:
+        """Pages of each epoch, out of `total`, in a tick that will have so many. `spent` is None in the first one."""
         least = min(total, max(LEAST_PAGES, math.ceil(total * LEAST_PART)))
         if spent is None:
             self._pages = float(least)
             return least
         self._learn(spent)
         allowed_s = self._fraction / _UNSEEN * self._client_s / self._wall_s if self._wall_s else 0.0  # for each second
-        page_s = self._page_s / self._sampled if self._sampled else 0.0
-        room_s = allowed_s * self._epoch_s - self._fixed_s
-        wanted = room_s / page_s if page_s else math.inf if room_s > 0 else 0.0
+        page_s = self._page_s + (self._fault_s / self._sampled if self._sampled else 0.0)
+        fixed_s = self._tick_s / turns + max(self._turn_s - self._page_s * self._sampled, 0.0)
+        room_s = allowed_s * self._epoch_s - fixed_s
+        wanted = room_s / page_s if page_s else (math.inf if room_s > 0 else 0.0)
         if wanted >= least:
             self.pause_s = self._epoch_s
             # Pages that were not sampled yet may be touched more than those that were.
             self._pages = min(wanted, self._pages * _MOST_GROWTH)
         else:
-            needed_s = self._fixed_s + least * page_s
+            needed_s = fixed_s + least * page_s
             self.pause_s = min(max(needed_s / allowed_s, self._epoch_s) if allowed_s else math.inf, LONGEST_PAUSE_S)
             self._pages = 0.0
         self._pages = min(max(self._pages, float(least)), float(total))
         return int(self._pages)
 
     def _learn(self, spent: Spent) -> None:
-        """Means that forget. The parts of a page's cost are summed before they are divided: an epoch may have none."""
+        """Means that forget: of a tick without its turns, and of one turn."""
+        turns = max(spent.turns, 1)
+        turn_s, pages = spent.turn_s / turns, spent.pages / turns
+        if self._known and abs(pages - self._sampled) > _CHANGE * self._sampled:
+            slope_s = (turn_s - self._turn_s) / (pages - self._sampled)
+            self._page_s = (self._page_s + min(max(slope_s, 0.0), turn_s / pages if pages else 0.0)) / 2
         kept = _KEPT if self._known else 0.0
         self._known = True
-        fixed_s = max(spent.agent_s - spent.page_s, 0.0)
-        self._fixed_s = kept * self._fixed_s + (1 - kept) * fixed_s
-        self._page_s = kept * self._page_s + (1 - kept) * (spent.page_s + spent.fault_s)
-        self._sampled = kept * self._sampled + (1 - kept) * spent.pages
+        self._tick_s = kept * self._tick_s + (1 - kept) * max(spent.agent_s - spent.turn_s, 0.0)
+        self._turn_s = kept * self._turn_s + (1 - kept) * turn_s
+        self._fault_s = kept * self._fault_s + (1 - kept) * spent.fault_s / turns
+        self._sampled = kept * self._sampled + (1 - kept) * pages
         self._client_s = kept * self._client_s + (1 - kept) * spent.client_s
         self._wall_s = kept * self._wall_s + (1 - kept) * spent.wall_s

@@ -121,13 +121,11 @@ class _Meter:
         self._began_s = None
 
     def spent(self, now_s: float) -> Spent | None:
-        """What each of the last turns cost."""
+        """What the last turns cost, all together."""
         if self._began_s is None:
             return None
-        found, turns = self._found, max(self._found.turns, 1)
-        wall_s = now_s - self._began_s
-        return Spent(self._agent_s / turns, found.page_s / turns, found.fault_s / turns, found.pages / turns,
-                     self._client_s / turns, wall_s / turns)  # fmt: skip
+        found, wall_s = self._found, now_s - self._began_s
+        return Spent(self._agent_s, found.turn_s, found.fault_s, found.pages, found.turns, self._client_s, wall_s)
 
     def reported(self) -> tuple[float, float, float]:
         """CPU seconds since the last report: agent, faults, client."""
@@ -266,12 +264,12 @@ class ClientSampling:
         if self._unknown_pinned:
             self._refused = _PINNED_UNKNOWN.format(self._unknown_pinned)
             return (), self._untrackable(all_=True)
-        quota = self._budget.pages(sum(mapping.pages for mapping in mappings), self._meter.spent(now_s))
-        # A budget that is not known yet, or that wants long pauses, is asked after each turn.
-        steady = self._budget.pause_s <= self._order.epoch_s
-        self._turns = min(2 * self._turns, max(1, round(gather_s / self._order.epoch_s))) if steady else 1
+        # More turns from tick to tick, until they fill the time: the first ones tell what to expect.
+        pause_s = max(self._budget.pause_s, self._order.epoch_s)
+        self._turns = max(1, min(2 * self._turns, round(gather_s / pause_s)))
+        quota = self._budget.pages(sum(mapping.pages for mapping in mappings), self._meter.spent(now_s), self._turns)
         try:
-            found = self._sampler.sample(mappings, now_s, quota, self._turns, self._order.epoch_s)
+            found = self._sampler.sample(mappings, now_s, quota, self._turns, self._budget.pause_s)
         except TiermemError as error:
             self._sampler.close()
             self._sampler, self._refused = None, str(error)

@@ -31,12 +31,12 @@ class Window:
 @dataclass(frozen=True, slots=True)
 class Found:
     """What one or several turns of a sampler found: windows that ended, and what it knows of the cost. `pages` had
-    their turn; `page_s` of the CPU seconds that this took are for them; `fault_s` are those of the client's faults."""
+    their turn; `turn_s` are the CPU seconds of looking and unmapping, `fault_s` those of the client's faults."""
 
     windows: tuple[Window, ...]
     turns: int = 1
     pages: int = 0
-    page_s: float = 0.0
+    turn_s: float = 0.0
     fault_s: float = 0.0
 
 

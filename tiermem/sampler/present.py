@@ -18,8 +18,8 @@ from tiermem.errors import Closed
 from tiermem.observations import Bits, Rung
 from tiermem.sampler.mappings import Found, Mapping, Window
 
-_RUN = 4
-"""Neighbours that have their turn together: a call looks at a run of pages for little more than at one."""
+_RUN = 32
+"""Neighbours that have their turn together: a run of pages costs a call little more than one page does."""
 
 _GUESSED_FAULT_S = 5e-6
 _TIMINGS = 9
@@ -55,7 +55,7 @@ class PresentSampler:
             for w in swept.windows
             if (mapping := self._joined.get(w.key)) is not None
         )
-        return Found(windows, swept.turns, swept.due, swept.page_s, swept.faults * self._fault_s())
+        return Found(windows, swept.turns, swept.due, swept.turn_s, swept.faults * self._fault_s())
 
     def wake(self) -> None:
         """Have `sample` return soon; from any thread."""
@@ -73,7 +73,7 @@ class PresentSampler:
             self._joined[generation].leave()
         for generation in joined.keys() - self._joined.keys():
             try:
-                joined[generation].join(self._sweep, _order(joined[generation].pages))
+                joined[generation].join(self._sweep, turn_order(joined[generation].pages))
             except Closed:  # unmapped just now
                 del joined[generation]
         self._joined = joined
@@ -83,7 +83,7 @@ class PresentSampler:
         return sorted(self._timings)[len(self._timings) // 2] if self._timings else _GUESSED_FAULT_S
 
 
-def _order(pages: int) -> npt.NDArray[np.uint32]:
+def turn_order(pages: int) -> npt.NDArray[np.uint32]:
     """Page numbers in the order of their turns: runs of neighbours, the runs of a layer far apart."""
     runs = np.argsort(_scattered(-(-pages // _RUN))).astype(np.uint32)
     order = (runs[:, None] * np.uint32(_RUN) + np.arange(_RUN, dtype=np.uint32)).ravel()
