@@ -250,7 +250,8 @@ class WatchRequest:
 
 @dataclass(frozen=True, slots=True)
 class WatchEvent:
-    """Frames of a recording (tiermem.recording), ready to be written; `dropped` of them found no room before these."""
+    """Frames of a recording (tiermem.recording), ready to be written; `dropped` others found no room since the last
+    event."""
 
     frames: bytes
     dropped: int = 0

@@ -30,8 +30,9 @@ from tiermem.rpc import messages as m
 from tiermem.rpc.channel import Channel, Stream
 from tiermem.rpc.codec import decode_manifest
 from tiermem.rpc.descriptors import DescriptorClient
+from tiermem.sampler.client import member_of
 from tiermem.statistics import ModelHeat
-from tiermem.types import Manifest
+from tiermem.types import PAGE_BYTES, Manifest
 
 _REATTACH_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Between tries to find the next daemon; the last one repeats for as long as leases are held."""
@@ -209,7 +210,8 @@ class Client:
             self._agent.submit(partial(self._reporting.obey, event.sampling))
 
     def _mapped(self, lease_id: str, mapping: Range) -> None:
-        self._agent.submit(partial(self._reporting.add, lease_id, mapping, time.monotonic()))
+        member = member_of(lease_id, mapping, mapping.nbytes // PAGE_BYTES)
+        self._agent.submit(partial(self._reporting.add, lease_id, member, time.monotonic()))
 
     def _lost(self, session: _Session) -> None:
         """The daemon went: look for the next one for as long as there are leases to announce to it."""

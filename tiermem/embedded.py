@@ -25,8 +25,10 @@ from tiermem.observer import own_order
 from tiermem.paths import path_or_name_of
 from tiermem.pool import Opened, Pool
 from tiermem.reporting import Reporting
+from tiermem.sampler.client import member_of
 from tiermem.statistics import ModelHeat
 from tiermem.status import heat_of, residency_of, status_of
+from tiermem.types import PAGE_BYTES
 from tiermem.units import format_seconds
 
 
@@ -115,7 +117,8 @@ class EmbeddedPool:
         self._agent.submit(partial(self._end_lease, lease))
 
     def _mapped(self, lease: Lease, mapping: Range) -> None:
-        self._agent.submit(partial(self._reporting.add, lease.id, mapping, time.monotonic()))
+        member = member_of(lease.id, mapping, mapping.nbytes // PAGE_BYTES)
+        self._agent.submit(partial(self._reporting.add, lease.id, member, time.monotonic()))
 
     def _end_lease(self, lease: Lease) -> None:
         self._reporting.remove(lease.id)

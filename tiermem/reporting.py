@@ -10,12 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tiermem._native import Range
 from tiermem.errors import TiermemError
 from tiermem.rpc import messages as m
-from tiermem.sampler.client import ClientSampling, Order, Report
+from tiermem.sampler.client import ClientSampling, Member, Order, Report
 from tiermem.sampler.mappings import Window
-from tiermem.types import PAGE_BYTES
 
 _PAUSE_S = 0.1
 """A new mapping is reported a moment later, out of the way of who opens many models."""
@@ -40,12 +38,12 @@ class Reporting:
         self._untold: set[str] = set()
         self._refused = ""
 
-    def add(self, lease_id: str, mapping: Range, since_s: float) -> None:
-        """A model was mapped here."""
+    def add(self, lease_id: str, member: Member, since_s: float) -> None:
+        """A model was mapped here; `member` is of who mapped it, so that what waits here keeps nothing mapped."""
         if not self._unsent:  # later ones do not put it off again
             self._not_before_s = time.monotonic() + _PAUSE_S
-        self._mapped[lease_id] = self._unsent[lease_id] = m.MappedReport(lease_id, mapping.address, since_s)
-        self._sampling.add(lease_id, mapping, mapping.nbytes // PAGE_BYTES)
+        self._mapped[lease_id] = self._unsent[lease_id] = m.MappedReport(lease_id, member.range.address, since_s)
+        self._sampling.add(lease_id, member)
 
     def remove(self, lease_id: str) -> None:
         """The mapping is gone."""

@@ -17,7 +17,7 @@ import pytest
 
 from tests.integration.child import Child
 from tiermem import _native
-from tiermem.sampler.client import ClientSampling, Order, Report
+from tiermem.sampler.client import ClientSampling, Order, Report, member_of
 from tiermem.segment import open_backing
 from tiermem.types import PAGE_BYTES
 
@@ -32,7 +32,7 @@ PATTERN = """
 import json
 import numpy as np
 from tiermem import _native
-from tiermem.sampler.client import ClientSampling, Order
+from tiermem.sampler.client import ClientSampling, Order, member_of
 path, rung = sys.argv[1:3]
 pages, seed, epochs, low, high = map(int, sys.argv[3:])
 range_ = _native.Range.reserve(pages << 21)
@@ -41,7 +41,7 @@ range_.map(0, fd, pages << 21)
 content = np.frombuffer(range_.buffer(), np.uint8)
 random = np.random.default_rng(seed)
 sampling = ClientSampling()
-sampling.add("model", range_, pages)
+sampling.add("model", member_of("model", range_, pages))
 sampling.configure(Order(rung, 0.002, 1.0))
 say("ready")
 pause()
@@ -181,7 +181,7 @@ def test_writes_to_copy_on_write_mappings_outlive_hundreds_of_epochs(file: int) 
     shared = [mapped(file) for _ in range(2)]
     own = [mapped(file, cow=True) for _ in range(2)]
     for number, (range_, _) in enumerate([*shared, *own]):
-        sampling.add(str(number), range_, PAGES)
+        sampling.add(str(number), member_of(str(number), range_, PAGES))
     sampling.configure(FULL)
     places = [random.choice(PAGES * 512, 300, replace=False) * 4096 + 1 for _ in own]
     expected = [content[where].copy() for (_, content), where in zip(own, places, strict=True)]
@@ -212,7 +212,7 @@ def test_locked_pages_are_told_untrackable_and_sampled_again_once_unlocked(file:
         pytest.skip("lacks the right to lock 4 KiB in memory (ulimit -l)")
     content[::PAGE_BYTES].sum()
     sampling = ClientSampling()
-    sampling.add("a", range_, PAGES)
+    sampling.add("a", member_of("a", range_, PAGES))
     sampling.configure(FULL)
     told: dict[str, list[int]] = {}
     for _ in range(20):
@@ -237,7 +237,7 @@ def test_locked_pages_are_told_untrackable_and_sampled_again_once_unlocked(file:
 def test_memory_mapped_over_a_part_of_the_range_keeps_its_content(file: int) -> None:
     range_, content = mapped(file)
     sampling = ClientSampling()
-    sampling.add("a", range_, PAGES)
+    sampling.add("a", member_of("a", range_, PAGES))
     sampling.configure(FULL)
     for _ in range(10):
         busy(sampling)
@@ -277,7 +277,7 @@ def test_ranges_end_while_another_thread_samples_and_whoever_gets_the_addresses_
     try:
         for number in range(150):
             range_, content = mapped(fd, 4)
-            sampling.add(str(number), range_, 4)
+            sampling.add(str(number), member_of(str(number), range_, 4))
             assert content[::PAGE_BYTES].sum() == 0
             reference = range_.reference()
             range_.close()
@@ -307,7 +307,7 @@ def test_memory_registered_with_io_uring_by_someone_makes_all_pages_untrackable(
     vector = ctypes.create_string_buffer(struct.pack("QQ", ctypes.addressof(buffer), 8192), 16)
     range_, content = mapped(file)
     sampling = ClientSampling()
-    sampling.add("a", range_, PAGES)
+    sampling.add("a", member_of("a", range_, PAGES))
     sampling.configure(FULL)
     try:
         if LIBC.syscall(SYS_IO_URING_REGISTER, ring, 0, vector, 1) < 0:

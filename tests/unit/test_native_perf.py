@@ -101,11 +101,12 @@ def test_what_finds_no_room_is_counted() -> None:
         pages.touch(page * OS_PAGE)
     opened.disable()
     decoder = Decoder([Layout(USUAL)])
-    seen = pages.within(decoder.decode(drain(opened)).samples)
+    samples = decoder.decode(drain(opened)).samples
+    seen = pages.within(samples)
     count = opened.count()
     assert 0 < len(seen) <= OS_PAGE // USUAL_BYTES
     assert (seen["addr"] == pages.address + OS_PAGE * np.arange(len(seen), dtype=np.uint64)).all()
-    assert count.lost == count.value - len(seen)
+    assert count.lost == count.value - len(samples)  # Python may fault as well
 
 
 def test_the_next_record_tells_what_was_lost() -> None:

@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 
 from tests.unit.test_sampler_client import mapped
-from tiermem import reporting
+from tiermem import _native, reporting
 from tiermem.errors import ConfigError, DaemonUnreachable
 from tiermem.reporting import Reporting
 from tiermem.rpc import messages as m
+from tiermem.sampler.client import Member, member_of
 from tiermem.types import PAGE_BYTES
 
 PAGES = 4
 PRESENT = m.SamplingOrder("present", 0.01, 1.0)
 OFF = m.SamplingOrder("off", 0.1, 0.01)
+
+
+def member(lease: str, range_: _native.Range) -> Member:
+    return member_of(lease, range_, range_.nbytes // PAGE_BYTES)
 
 
 class Pool:
@@ -59,7 +64,7 @@ def test_nothing_is_told_where_nothing_is_mapped(own: Reporting, pool: Pool) -> 
 def test_an_address_is_told_once_also_where_nothing_is_sampled(own: Reporting, pool: Pool) -> None:
     range_, _content = mapped(PAGES)
     own.obey(OFF)
-    own.add("l", range_, 5.0)
+    own.add("l", member("l", range_), 5.0)
     assert own.pause_s == 0
     own.run()
     assert pool.taken().mapped == (m.MappedReport("l", range_.address, 5.0),)
@@ -71,7 +76,7 @@ def test_an_address_is_told_once_also_where_nothing_is_sampled(own: Reporting, p
 def test_windows_are_told_as_the_protocol_has_them(own: Reporting, pool: Pool) -> None:
     range_, content = mapped(PAGES)
     own.obey(PRESENT)
-    own.add("l", range_, 5.0)
+    own.add("l", member("l", range_), 5.0)
     own.run()
     assert pool.taken().rung == "present"
     begin_s = time.monotonic()
@@ -92,7 +97,7 @@ def test_what_was_not_delivered_is_told_again_but_not_of_what_ended(own: Reporti
     own.obey(OFF)
     pool.away = True
     for lease, (range_, _) in zip("ab", ranges, strict=True):
-        own.add(lease, range_, 5.0)
+        own.add(lease, member(lease, range_), 5.0)
     with pytest.raises(DaemonUnreachable):
         own.run()
     own.remove("a")
@@ -105,8 +110,8 @@ def test_what_was_not_delivered_is_told_again_but_not_of_what_ended(own: Reporti
 def test_the_next_pool_is_told_all_of_what_is_still_so(own: Reporting, pool: Pool) -> None:
     shared, private = mapped(PAGES), mapped(PAGES, cow=True)
     own.obey(PRESENT)
-    own.add("shared", shared[0], 5.0)
-    own.add("private", private[0], 6.0)
+    own.add("shared", member("shared", shared[0]), 5.0)
+    own.add("private", member("private", private[0]), 6.0)
     own.run()
     first = pool.taken()
     assert "copy-on-write" in first.refused
@@ -129,7 +134,7 @@ def test_the_next_pool_is_told_all_of_what_is_still_so(own: Reporting, pool: Poo
 def test_a_refusal_that_was_not_delivered_is_not_forgotten(own: Reporting, pool: Pool) -> None:
     private = mapped(PAGES, cow=True)
     own.obey(PRESENT)
-    own.add("private", private[0], 6.0)
+    own.add("private", member("private", private[0]), 6.0)
     pool.away = True
     with pytest.raises(DaemonUnreachable):
         own.run()
@@ -139,7 +144,7 @@ def test_a_refusal_that_was_not_delivered_is_not_forgotten(own: Reporting, pool:
     assert "copy-on-write" in request.refused
     assert request.untrackable == (m.UntrackableReport("private", PAGES),)
     shared = mapped(PAGES)
-    own.add("shared", shared[0], 7.0)
+    own.add("shared", member("shared", shared[0]), 7.0)
     own.run()
     request = pool.taken()
     assert "copy-on-write" in request.refused, "it stands"
@@ -149,7 +154,7 @@ def test_a_refusal_that_was_not_delivered_is_not_forgotten(own: Reporting, pool:
 def test_copy_on_write_gives_no_windows_and_lets_the_agent_sleep(own: Reporting, pool: Pool) -> None:
     private, content = mapped(PAGES, cow=True)
     own.obey(PRESENT)
-    own.add("private", private, 6.0)
+    own.add("private", member("private", private), 6.0)
     for _ in range(5):
         content[::PAGE_BYTES] = 9
         own.run()
@@ -166,7 +171,7 @@ def test_a_new_mapping_waits_a_moment_and_later_ones_do_not_put_it_off(
     monkeypatch.setattr(reporting.time, "monotonic", lambda: now)
     ranges = [mapped(1) for _ in range(3)]
     for number, (range_, _) in enumerate(ranges):
-        own.add(str(number), range_, now)
+        own.add(str(number), member(str(number), range_), now)
         now += 0.03
     assert own.pause_s == pytest.approx(reporting._PAUSE_S - 0.09)
 

@@ -16,7 +16,7 @@ from tiermem import _native
 from tiermem.errors import ConfigError, NativeError, Refused
 from tiermem.observations import Rung
 from tiermem.sampler import client as client_module
-from tiermem.sampler.client import ClientSampling, Order, Report
+from tiermem.sampler.client import ClientSampling, Order, Report, member_of
 from tiermem.sampler.mappings import Mapping
 from tiermem.sampler.present import PresentSampler, turn_order
 from tiermem.types import PAGE_BYTES
@@ -54,7 +54,7 @@ def test_nothing_to_sample_means_sleep_for_good() -> None:
 def test_addresses_and_ends_are_told_once_even_when_sampling_is_off() -> None:
     sampling = ClientSampling()
     range_, content = mapped(2)
-    sampling.add("a", range_, 2)
+    sampling.add("a", member_of("a", range_, 2))
     assert sampling.pause_s == 0
     report = sampling.tick(time.monotonic())
     assert report is not None
@@ -74,7 +74,7 @@ def test_addresses_and_ends_are_told_once_even_when_sampling_is_off() -> None:
 def test_a_mapping_that_ended_before_it_was_told_is_never_told() -> None:
     sampling = ClientSampling()
     range_, content = mapped(2)
-    sampling.add("a", range_, 2)
+    sampling.add("a", member_of("a", range_, 2))
     del range_, content
     gc.collect()
     assert sampling.tick(time.monotonic()) is None
@@ -85,7 +85,7 @@ def test_windows_say_which_pages_were_touched_between_two_ticks() -> None:
     sampling = ClientSampling()
     range_, content = mapped(16)
     content[::PAGE_BYTES].sum()
-    sampling.add("a", range_, 16)
+    sampling.add("a", member_of("a", range_, 16))
     sampling.configure(PRESENT)
     for _ in range(12):  # until all pages are sampled in every epoch
         busy(sampling)
@@ -110,7 +110,7 @@ def test_what_was_mapped_beforehand_is_no_touch() -> None:
     sampling = ClientSampling()
     range_, content = mapped(8)
     content[::PAGE_BYTES].sum()
-    sampling.add("a", range_, 8)
+    sampling.add("a", member_of("a", range_, 8))
     sampling.configure(PRESENT)
     reports = [busy(sampling) for _ in range(12)]
     windows = [window for report in reports if report for window in report.windows]
@@ -124,7 +124,7 @@ def test_an_idle_client_is_skipped_and_its_window_lasts_on(monkeypatch: pytest.M
     monkeypatch.setattr(client_module.time, "thread_time", lambda: 0.0)
     sampling = ClientSampling()
     range_, content = mapped(4)
-    sampling.add("a", range_, 4)
+    sampling.add("a", member_of("a", range_, 4))
     sampling.configure(Order("present", epoch_s=0.1))
     began_s = time.monotonic()
     sampling.tick(100.0)
@@ -147,7 +147,7 @@ def test_copy_on_write_is_told_but_never_sampled() -> None:
     range_, content = mapped(4, cow=True)
     with pytest.raises(Refused, match="copy-on-write"):
         Mapping("a", range_, 4)
-    sampling.add("a", range_, 4)
+    sampling.add("a", member_of("a", range_, 4))
     sampling.configure(PRESENT)
     content[::PAGE_BYTES] = 5
     report = busy(sampling)
@@ -162,13 +162,13 @@ def test_copy_on_write_is_told_but_never_sampled() -> None:
 def test_more_pages_than_the_range_has_are_refused() -> None:
     range_, _ = mapped(2)
     with pytest.raises(Refused, match="3 pages"):
-        ClientSampling().add("a", range_, 3)
+        ClientSampling().add("a", member_of("a", range_, 3))
 
 
 def test_pinned_pages_are_untrackable_and_told_once() -> None:
     sampling = ClientSampling()
     range_, content = mapped(4)
-    sampling.add("a", range_, 4)
+    sampling.add("a", member_of("a", range_, 4))
     sampling.configure(PRESENT)
     sampling.mark_pinned("a", [1, 3])
     report = busy(sampling)
@@ -186,7 +186,7 @@ def test_memory_that_somebody_pinned_untold_makes_every_page_untrackable(tmp_pat
     status.write_text("Name:\tx\nVmPin:\t    4096 kB\nVmHWM:\t 1 kB\n")
     sampling = ClientSampling(status)
     range_, _ = mapped(4)
-    sampling.add("a", range_, 4)
+    sampling.add("a", member_of("a", range_, 4))
     sampling.configure(PRESENT)
     report = busy(sampling)
     assert report is not None
@@ -209,7 +209,7 @@ def test_no_right_to_the_page_tables_is_told_and_asked_for_no_more(monkeypatch: 
     monkeypatch.setattr(_native, "Pagemap", refuse)
     sampling = ClientSampling()
     range_, _ = mapped(2)
-    sampling.add("a", range_, 2)
+    sampling.add("a", member_of("a", range_, 2))
     sampling.configure(PRESENT)
     report = sampling.tick(time.monotonic())
     assert report is not None
@@ -233,7 +233,7 @@ def test_orders_that_make_no_sense_are_refused(order: tuple[str, float, float]) 
 def test_a_forked_child_does_nothing_and_does_not_hang() -> None:
     sampling = ClientSampling()
     range_, content = mapped(4)
-    sampling.add("a", range_, 4)
+    sampling.add("a", member_of("a", range_, 4))
     sampling.configure(PRESENT)
     for _ in range(3):
         busy(sampling)
@@ -241,7 +241,7 @@ def test_a_forked_child_does_nothing_and_does_not_hang() -> None:
         child = os.fork()
         if child == 0:
             quiet = sampling.pause_s is None and sampling.tick(time.monotonic()) is None
-            sampling.add("b", range_, 4)
+            sampling.add("b", member_of("b", range_, 4))
             sampling.configure(Order("off"))
             sampling.mark_pinned("a", [0])
             os._exit(0 if quiet else 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from tiermem.errors import Closed
@@ -22,7 +23,11 @@ class Recorder:
         self._lock = threading.Lock()
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._end = 0
-        self.append(MAGIC)
+        try:
+            self.append(MAGIC)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def nbytes(self) -> int:
@@ -39,8 +44,9 @@ class Recorder:
                 while left:
                     left = left[os.write(self._fd, left) :]
             except OSError:
-                os.ftruncate(self._fd, self._end)
-                os.lseek(self._fd, self._end, os.SEEK_SET)
+                with suppress(OSError):  # a device has no length
+                    os.ftruncate(self._fd, self._end)
+                    os.lseek(self._fd, self._end, os.SEEK_SET)
                 raise
             self._end += len(frames)
 

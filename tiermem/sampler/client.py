@@ -79,12 +79,22 @@ class Report:
 
 
 @dataclass(slots=True)
-class _Member:
+class Member:
+    """A mapping in the hands of ClientSampling. Keeps no memory mapped. `mapping` is None for a copy-on-write range."""
+
     range: _native.RangeReference
     mapping: Mapping | None
     pages: int
     mapped: bool = False
     untrackable: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+
+
+def member_of(key: str, range_: _native.Range, pages: int) -> Member:
+    """For whoever maps a model, before it hands it on: its page number p is at the range's start + p * 2 MiB.
+
+    Raises Refused where pages exceed the range.
+    """
+    return Member(range_.reference(), None if range_.cow else Mapping(key, range_, pages), pages)
 
 
 class _Meter:
@@ -141,7 +151,7 @@ class ClientSampling:
         self._pid = os.getpid()
         self._lock = threading.Lock()  # guards everything below
         self._status = status
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, Member] = {}
         self._unknown_pinned = 0  # bytes
         self._pinned_read_s = -math.inf
         self._order = Order("off")
@@ -153,16 +163,12 @@ class ClientSampling:
         self._ticked_s: float | None = None
         self._meter = _Meter()
 
-    def add(self, key: str, range_: _native.Range, pages: int) -> None:
-        """Sample a model: its page number p is at the range's start + p * 2 MiB. It is forgotten once it is unmapped.
-
-        A copy-on-write range is never sampled; its address and end are told. Raises Refused for pages beyond the range.
-        """
+    def add(self, key: str, member: Member) -> None:
+        """Sample a model until it is unmapped. A copy-on-write range is never sampled; its address and end are told."""
         if os.getpid() != self._pid:
             return
-        mapping = None if range_.cow else Mapping(key, range_, pages)
         with self._lock:
-            self._members[key] = _Member(range_.reference(), mapping, pages)
+            self._members[key] = member
 
     def mark_pinned(self, key: str, pages: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """These pages were registered with a device: it reads them without this process's page tables."""
