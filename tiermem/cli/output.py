@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-PIPE_COLUMNS = 80
+PIPE_COLUMNS = 110
 """Width of a table where stdout is no terminal."""
 
 
