@@ -286,6 +286,9 @@ class _Holder:
     def mapped(self, mapping: Range) -> None:
         self._client._mapped(self._lease_id, mapping)
 
+    def pinned(self, pages: Sequence[int]) -> None:
+        self._client._agent.submit(partial(self._client._reporting.mark_pinned, self._lease_id, pages))
+
     def release(self) -> None:
         self._client._release(self._lease_id)
 

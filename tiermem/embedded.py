@@ -164,5 +164,9 @@ class _Holder:
     def mapped(self, mapping: Range) -> None:
         self._owner._mapped(self._opened.lease, mapping)
 
+    def pinned(self, pages: Sequence[int]) -> None:
+        owner = self._owner
+        owner._agent.submit(partial(owner._reporting.mark_pinned, self._opened.lease.id, pages))
+
     def release(self) -> None:
         self._owner._release(self._opened.lease)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tiermem import _native
 from tiermem.dtypes import numpy_dtype
 from tiermem.errors import Closed, NativeError, Refused, TensorNotFound
-from tiermem.types import CheckpointFile, Manifest, TensorInfo
+from tiermem.types import PAGE_BYTES, CheckpointFile, Manifest, TensorInfo
 from tiermem.units import format_bytes
 
 _MAPPINGS_PER_FETCH = 128
@@ -46,6 +46,9 @@ class LeaseHolder(Protocol):
 
     def mapped(self, mapping: _native.Range) -> None:
         """All segments are mapped there now: what samples this process may look at it. Takes no lock."""
+
+    def pinned(self, pages: Sequence[int]) -> None:
+        """A device reads these pages of the model, unseen by whatever samples this process."""
 
     def release(self) -> None:
         """End the lease; takes no lock, so that a garbage collection may call it."""
@@ -144,6 +147,17 @@ class Model(Mapping[str, npt.NDArray[Any]]):
         if missing:
             self._holder.wait(missing, timeout_s)
             self._ready[missing] = True
+
+    def mark_pinned(self, names: Iterable[str] | None = None) -> None:
+        """Tell that these tensors (None: all) were registered with a device (cudaHostRegister, RDMA): it reads
+        them past this process's page tables, so that their pages are reported as untrackable and not as cold."""
+        self._check_open()
+        pages = set[int]()
+        for name in self if names is None else names:
+            tensor = self.info(name)
+            start, _ = self.place(tensor)
+            pages.update(range(start // PAGE_BYTES, -(-(start + tensor.nbytes) // PAGE_BYTES)))
+        self._holder.pinned(sorted(pages))
 
     @property
     def files(self) -> tuple[CheckpointFile, ...]:

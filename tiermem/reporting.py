@@ -6,7 +6,7 @@ Owns the sampling and what the pool has not been told yet; used by the agent's t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -45,8 +45,13 @@ class Reporting:
         self._mapped[lease_id] = self._unsent[lease_id] = m.MappedReport(lease_id, member.range.address, since_s)
         self._sampling.add(lease_id, member)
 
+    def mark_pinned(self, lease_id: str, pages: Sequence[int]) -> None:
+        """A device reads these pages of a model that was mapped here."""
+        self._sampling.mark_pinned(lease_id, pages)
+
     def remove(self, lease_id: str) -> None:
         """The mapping is gone."""
+        self._sampling.remove(lease_id)
         self._mapped.pop(lease_id, None)
         self._unsent.pop(lease_id, None)
         self._untrackable.pop(lease_id, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from tests.integration.reader import reader
 from tests.integration.weights import Weights, write_weights
 from tests.unit.test_metrics import scrape
 from tiermem.client import Client
-from tiermem.errors import ConfigError, ModelNotFound, ProtocolError
+from tiermem.errors import ConfigError, ModelNotFound, ProtocolError, TensorNotFound
 from tiermem.heat import HeatColumns
+from tiermem.model import Model
 from tiermem.observations import Rung
 from tiermem.rpc import messages as m
 from tiermem.rpc.channel import Channel, Stream
 from tiermem.rpc.descriptors import DescriptorClient
+from tiermem.types import PAGE_BYTES
 
 LAYERS = 6
 EAGER = ("--sampler", "present", "--sample-epoch", "20ms", "--sample-budget", "100%")
@@ -343,3 +345,31 @@ while time.monotonic() < deadline:
         break
 say((columns.rate > 0).tolist())
 """
+
+
+def test_pages_that_a_device_reads_are_untrackable_and_not_cold(client: Client, weights: Weights) -> None:
+    with client.open(weights.path) as model:
+        model.wait()
+        names = list(model)
+        eventually(lambda: busy_until(model, lambda: all_known(client, weights.name)), "every page was looked for")
+        model.mark_pinned(names[:1])
+        eventually(lambda: (seen(client, os.getpid()) or {}).get("untrackable_pages", 0) > 0, "the pool was told")
+        entry = seen(client, os.getpid())
+        assert entry is not None
+        start, _ = model.place(model.info(names[0]))
+        end = start + model.info(names[0]).nbytes
+        assert entry["untrackable_pages"] == -(-end // PAGE_BYTES) - start // PAGE_BYTES
+        before = columns(client, weights.name).sampled[start // PAGE_BYTES]
+        others = columns(client, weights.name).sampled.max()
+        eventually(lambda: busy_until(model, lambda: columns(client, weights.name).sampled.max() > others + 3),
+                   "other pages are sampled on")  # fmt: skip
+        assert columns(client, weights.name).sampled[start // PAGE_BYTES] <= before + 1
+        with pytest.raises(TensorNotFound):
+            model.mark_pinned(["no such tensor"])
+
+
+def busy_until(model: Model, holds: Callable[[], bool]) -> bool:
+    """Use the model for a moment, as a client that is idle is not sampled; whether it holds then."""
+    for name in model:
+        model[name].sum()
+    return holds()

@@ -51,24 +51,30 @@ def test_nothing_to_sample_means_sleep_for_good() -> None:
     assert sampling.tick(time.monotonic()) is None
 
 
-def test_addresses_and_ends_are_told_once_even_when_sampling_is_off() -> None:
+def test_a_mapping_is_sampled_until_it_is_unmapped_or_removed() -> None:
     sampling = ClientSampling()
-    range_, content = mapped(2)
+    sampling.configure(PRESENT)
+    for ending in ("unmapped", "removed"):
+        range_, content = mapped(2)
+        sampling.add("a", member_of("a", range_, 2))
+        assert sampling.pause_s is not None
+        for _ in range(3):
+            busy(sampling)
+        if ending == "removed":
+            sampling.remove("a")
+        del range_, content
+        gc.collect()
+        busy(sampling)
+        assert sampling.pause_s is None
+        assert sampling.tick(time.monotonic()) is None
+
+
+def test_nothing_is_due_while_sampling_is_off() -> None:
+    sampling = ClientSampling()
+    range_, _content = mapped(2)
     sampling.add("a", member_of("a", range_, 2))
-    assert sampling.pause_s == 0
-    report = sampling.tick(time.monotonic())
-    assert report is not None
-    assert report.mapped == (("a", range_.address),)
-    assert report.gone == report.windows == ()
     assert sampling.pause_s is None
     assert sampling.tick(time.monotonic()) is None
-    del range_, content
-    gc.collect()
-    assert sampling.pause_s == 0
-    report = sampling.tick(time.monotonic())
-    assert report is not None
-    assert report.gone == ("a",)
-    assert sampling.pause_s is None
 
 
 def test_a_mapping_that_ended_before_it_was_told_is_never_told() -> None:
@@ -150,9 +156,10 @@ def test_copy_on_write_is_told_but_never_sampled() -> None:
     sampling.add("a", member_of("a", range_, 4))
     sampling.configure(PRESENT)
     content[::PAGE_BYTES] = 5
+    assert sampling.pause_s == 0, "something is to be told"
     report = busy(sampling)
     assert report is not None
-    assert report.mapped == (("a", range_.address),)
+    assert "copy-on-write" in report.refused
     for _ in range(5):
         assert not getattr(busy(sampling), "windows", ())
     assert content[::PAGE_BYTES].tolist() == [5] * 4

@@ -60,7 +60,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of one tick. Each mapping's address is in one report, and so is its end.
+    """What came of one tick.
 
     `untrackable`: page numbers that cannot be sampled, int32, for mappings where that changed. `refused` says why
     nothing, or not all, can be sampled; it stands until another report says otherwise. CPU seconds are since the last
@@ -69,8 +69,6 @@ class Report:
 
     epoch: int
     windows: tuple[Window, ...]
-    mapped: tuple[tuple[str, int], ...]
-    gone: tuple[str, ...]
     untrackable: MappingOf[str, npt.NDArray[np.int32]]
     refused: str
     agent_s: float
@@ -85,7 +83,6 @@ class Member:
     range: _native.RangeReference
     mapping: Mapping | None
     pages: int
-    mapped: bool = False
     untrackable: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
 
@@ -164,11 +161,17 @@ class ClientSampling:
         self._meter = _Meter()
 
     def add(self, key: str, member: Member) -> None:
-        """Sample a model until it is unmapped. A copy-on-write range is never sampled; its address and end are told."""
+        """Sample a model until it is unmapped. A copy-on-write range is never sampled, which is told."""
         if os.getpid() != self._pid:
             return
         with self._lock:
             self._members[key] = member
+            self._refused = self._note() or self._refused
+
+    def remove(self, key: str) -> None:
+        """Forget a mapping that is gone; unknown keys are none."""
+        with self._lock:
+            self._members.pop(key, None)
 
     def mark_pinned(self, key: str, pages: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """These pages were registered with a device: it reads them without this process's page tables."""
@@ -199,9 +202,7 @@ class ClientSampling:
         if os.getpid() != self._pid:
             return None
         with self._lock:
-            if self._refused != self._told_refused or any(
-                m.range.closed or not m.mapped for m in self._members.values()
-            ):
+            if self._refused != self._told_refused:
                 return 0.0
             if self._sampler is None or not any(member.mapping for member in self._members.values()):
                 return None
@@ -217,13 +218,13 @@ class ClientSampling:
         with self._lock:
             begin = time.thread_time()
             self._meter.count_client()
-            mapped, gone = self._changes()
+            self._members = {key: member for key, member in self._members.items() if not member.range.closed}
             windows, untrackable = self._sample(now_s, gather_s) if self._sampler is not None else ((), {})
             self._meter.count_agent(time.thread_time() - begin)
-            if not (windows or mapped or gone or untrackable or self._refused != self._told_refused):
+            if not (windows or untrackable or self._refused != self._told_refused):
                 return None
             self._told_refused = self._refused
-            return Report(self._epoch, windows, mapped, gone, untrackable, self._refused, *self._meter.reported())
+            return Report(self._epoch, windows, untrackable, self._refused, *self._meter.reported())
 
     def wake(self) -> None:
         """Have a tick that gathers return soon; takes no lock."""
@@ -249,16 +250,8 @@ class ClientSampling:
             self._sampler = _SAMPLERS[rung]()
         except TiermemError as error:
             self._refused = str(error)
-
-    def _changes(self) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
-        ended = {key: member for key, member in self._members.items() if member.range.closed}
-        for key in ended:
-            del self._members[key]
-        new = {key: member for key, member in self._members.items() if not member.mapped}
-        for member in new.values():
-            member.mapped = True
-        gone = tuple(key for key, member in ended.items() if member.mapped)
-        return tuple((key, member.range.address) for key, member in new.items()), gone
+        else:
+            self._refused = self._note()
 
     def _sample(self, now_s: float, gather_s: float) -> tuple[tuple[Window, ...], dict[str, npt.NDArray[np.int32]]]:
         assert self._sampler is not None
@@ -282,15 +275,18 @@ class ClientSampling:
             return (), {}
         self._epoch += found.turns
         self._meter.found(now_s, found)
-        self._refused = self._note(mappings)
+        self._refused = self._note()
         return found.windows, self._untrackable()
 
-    def _note(self, mappings: Sequence[Mapping]) -> str:
-        assert self._sampler is not None
+    def _note(self) -> str:
+        """Why not all can be sampled, where anything is."""
+        if self._sampler is None:
+            return ""
         notes = []
-        if any((mapping.mask & _native.HELD).any() for mapping in mappings):
+        mappings = [member.mapping for member in self._members.values()]
+        if any((mapping.mask & _native.HELD).any() for mapping in mappings if mapping is not None):
             notes.append(self._sampler.note)
-        if any(member.mapping is None for member in self._members.values()):
+        if None in mappings:
             notes.append(_COW)
         return "; ".join(notes)
 
