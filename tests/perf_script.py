@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def perf(*arguments: str, stdin: Path | None = None) -> str:
         )
     assert done.returncode == 0, f"perf {' '.join(arguments)}: {done.stderr}"
     return done.stdout
+
+
+def record_faults(path: Path) -> Path:
+    """Every page fault of a Python that does nothing, in a new file; skips the test without the right to it."""
+    program = [sys.executable, "-S", "-c", ""]
+    command = [str(PERF), "record", "-q", "-d", "-e", "page-faults:u", "-c", "1", "-o", path, *program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        pytest.skip(f"lacks the right to perf record, sysctl kernel.perf_event_paranoid: {done.stderr.strip()[:200]}")
+    return path
 
 
 def samples(

@@ -6,9 +6,6 @@ counts CXL memory as RAM, and an access that hardware prefetched is a hit of the
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
 _OPERATIONS = ("N/A", "LOAD", "STORE", "PFETCH", "EXEC")
 _LEVEL_BITS = ("N/A", "HIT", "MISS", "L1", "LFB/MAB", "L2", "L3", "Local RAM", "Remote RAM (1 hop)",
                "Remote RAM (2 hops)", "Remote Cache (1 hop)", "Remote Cache (2 hops)", "I/O", "Uncached")  # fmt: skip
@@ -92,15 +89,3 @@ def level(value: int) -> str:
         names = _set_in(bits & ~(1 | _HIT | _MISS), _SHORT)
         name = names[0] if names else ""
     return f"{name} miss" if name and bits & _MISS and not bits & _HIT else name
-
-
-def levels(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.str_]:
-    """`level` of each value; works it out once for each that is different."""
-    distinct, inverse = np.unique(values, return_inverse=True)
-    return np.array([level(int(value)) for value in distinct], np.str_)[inverse]
-
-
-def descriptions(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.str_]:
-    """`describe` of each value; works it out once for each that is different."""
-    distinct, inverse = np.unique(values, return_inverse=True)
-    return np.array([describe(int(value)) for value in distinct], np.str_)[inverse]

@@ -76,7 +76,7 @@ _COLUMNS: dict[str, type[Any]] = {
 
 
 class Heat:
-    """Heat of one model of `pages` pages, 45 bytes each. See the module for what decays how.
+    """Heat of one model of `pages` pages, 41 bytes each. See the module for what decays how.
 
     A window counts as of its end. One that ends before what is already known (late, or the clock went back) counts as
     if it ended then, so that weights never grow beyond 1. A window of no or negative length says that its touched
@@ -85,7 +85,7 @@ class Heat:
     """
 
     __slots__ = (
-        "_base_s", "_counted", "_counts_rung", "_exposed_s", "_first_s", "_last_s", "_observed", "_origin_s", "_rung",
+        "_base_s", "_counted", "_counts_rung", "_exposed_s", "_last_s", "_observed", "_rung",
         "_sampled", "_sampled_at_s", "_touched_s", "_watched_at_s", "_watched_s", "_watched_windows", "_windows",
         "half_life_s", "pages",
     )  # fmt: skip
@@ -103,9 +103,7 @@ class Heat:
         self._counted = np.zeros(pages, np.float32)
         self._sampled_at_s = np.full(pages, np.nan)
         self._last_s = np.full(pages, np.nan)
-        self._first_s = np.full(pages, np.nan, np.float32)  # since _origin_s
         self._rung = np.zeros(pages, np.uint8)
-        self._origin_s = math.nan
         self._base_s = math.nan  # where Counts weigh 1
         self._watched_s = 0.0
         self._watched_at_s = math.nan
@@ -117,11 +115,6 @@ class Heat:
         """Bytes of all columns."""
         arrays = (getattr(self, name) for name in self.__slots__)
         return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
-
-    @property
-    def first_seen_s(self) -> npt.NDArray[np.float64]:
-        """When each page was first seen touched or asked for; NaN if never. Exact to 2^-24 of the time since then."""
-        return self._first_s.astype(np.float64) + self._origin_s
 
     def add_bits(self, bits: Bits) -> None:
         """Takes in one window of one mapping."""
@@ -201,10 +194,7 @@ class Heat:
         return slice(first, last + 1) if last - first + 1 == len(pages) else pages
 
     def _see(self, pages: npt.NDArray[np.integer], at_s: float) -> None:
-        if math.isnan(self._origin_s):
-            self._origin_s = at_s
         self._last_s[pages] = np.fmax(self._last_s[pages], at_s)
-        self._first_s[pages] = np.fmin(self._first_s[pages], np.float32(at_s - self._origin_s))
 
     def _weight(self, end_s: float) -> float:
         """Weight of Counts that end now, after making it fit into float32."""

@@ -11,15 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tiermem.config import Config
+from tiermem.config import BY_KEY, Config
 from tiermem.errors import ConfigError, TiermemError
 from tiermem.observations import Rung
 from tiermem.pool import Pool
 from tiermem.rpc.messages import SamplingOrder
 from tiermem.sampler import RungState, choose
 from tiermem.sampler.perf import PerfSampler
-
-_EPOCH_S = 0.01, 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -60,10 +58,13 @@ class Observer:
     def wish(self, epoch_s: float | None, budget: float | None) -> Iterator[None]:
         """While this lasts, a watcher wants to see more than the configuration gives. Raises ConfigError for what the
         configuration would refuse."""
-        if epoch_s is not None and not _EPOCH_S[0] <= epoch_s <= _EPOCH_S[1]:
-            raise ConfigError(f"an epoch of {epoch_s} s: ask for one from 10ms to 60s")
-        if budget is not None and not 0 < budget <= 1:
-            raise ConfigError(f"a budget of {budget}: ask for a share above 0 and up to 1")
+        for key, value in (("sample_epoch", epoch_s), ("sample_budget", budget)):
+            if value is None:
+                continue
+            try:
+                BY_KEY[key].kind.read(value)
+            except ValueError as error:
+                raise ConfigError(f"{key} = {value} of a watcher: {error}") from None
         wish = (epoch_s or self._config.sample_epoch, budget or self._config.sample_budget)
         with self._lock:
             self._wishes.append(wish)

@@ -112,7 +112,7 @@ class AccessStatistics:
         self.clients: dict[int, Client] = {}
         self._heats: dict[str, Heat] = {}
         self._book = AddressBook()
-        self._models: list[str] = []
+        self._numbers: dict[str, int] = {}
         self._mapped: dict[str, _Mapping] = {}
         self._tidied_s = time.monotonic()
 
@@ -267,9 +267,7 @@ class AccessStatistics:
             self.journal.pass_on(bits_frame(time.monotonic(), lease.session.pid, lease.id, record.id, bits))
 
     def _number(self, model_id: str) -> int:
-        if model_id not in self._models:
-            self._models.append(model_id)
-        return self._models.index(model_id)
+        return self._numbers.setdefault(model_id, len(self._numbers))
 
 
 def _check_report(held: Mapping[str, tuple[ModelRecord, Lease]], request: m.ReportRequest) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.perf_script import needs_perf, record_faults
 from tests.recordings import PID, end, events, mapped, record, sampled, window
 from tiermem import cli
 from tiermem.recording import MAGIC, frame
@@ -152,28 +150,9 @@ def test_errors_say_what_to_do(
     assert len(err.splitlines()) == 1
 
 
+@needs_perf
 def test_a_file_of_perf_record(run: Run, tmp_path: Path) -> None:
-    if shutil.which("perf") is None:
-        pytest.skip("lacks perf, which records what is read here; install linux-perf")
-    path = tmp_path / "perf.data"
-    command = [
-        "perf",
-        "record",
-        "-q",
-        "-d",
-        "-e",
-        "page-faults:u",
-        "-c",
-        "1",
-        "-o",
-        path,
-        sys.executable,
-        "-S",
-        "-c",
-        "",
-    ]
-    if subprocess.run(command, capture_output=True, timeout=60).returncode:
-        pytest.skip("lacks the right to perf record; lower sysctl kernel.perf_event_paranoid")
+    path = record_faults(tmp_path / "perf.data")
     code, out, _ = run("--perf-data", path, "--json")
     told = results(out)
     assert code == 0

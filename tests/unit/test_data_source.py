@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tiermem.data_source import describe, descriptions, level, levels
+from tests.perf_script import needs_perf, perf, record_faults
+from tiermem.data_source import describe, level
 
 NOT_AVAILABLE = 0x1E05080021
 """What software events carry."""
@@ -56,13 +53,6 @@ def test_every_number_has_words() -> None:
         level(value)
 
 
-def test_arrays_keep_their_order() -> None:
-    values = np.array([LOAD | number(13), NOT_AVAILABLE, LOAD | number(13), LOAD | number(9)], np.uint64)
-    assert levels(values).tolist() == ["RAM", "", "RAM", "CXL"]
-    assert descriptions(values).tolist() == [describe(int(value)) for value in values]
-    assert levels(values[:0]).tolist() == []
-
-
 def values_on_which_versions_agree(count: int) -> list[int]:
     """Levels in one of the two ways: of both, perf printed both until 6.2."""
     source, values = random.Random(1), []
@@ -78,29 +68,9 @@ def values_on_which_versions_agree(count: int) -> list[int]:
     return values
 
 
+@needs_perf
 def test_perf_prints_the_same(tmp_path: Path) -> None:
-    if shutil.which("perf") is None:
-        pytest.skip("lacks perf, which prints what to compare with; install linux-perf")
-    path = tmp_path / "perf.data"
-    record = [
-        "perf",
-        "record",
-        "-q",
-        "-d",
-        "-e",
-        "page-faults:u",
-        "-c",
-        "1",
-        "-o",
-        path,
-        sys.executable,
-        "-S",
-        "-c",
-        "",
-    ]
-    run = subprocess.run(record, capture_output=True, text=True, timeout=60)
-    if run.returncode:
-        pytest.skip(f"perf record is not allowed here: {run.stderr.strip()[:200]}")
+    path = record_faults(tmp_path / "perf.data")
     data, marker = bytearray(path.read_bytes()), NOT_AVAILABLE.to_bytes(8, "little")
     places = [match.start() for match in re.finditer(re.escape(marker), bytes(data))]
     assert len(places) > 50
@@ -108,8 +78,7 @@ def test_perf_prints_the_same(tmp_path: Path) -> None:
     for place, value in zip(places, values, strict=True):
         data[place : place + 8] = value.to_bytes(8, "little")
     path.write_bytes(data)
-    script = ["perf", "script", "-i", path, "-F", "data_src"]
-    printed = subprocess.run(script, capture_output=True, text=True, check=True, timeout=60).stdout
+    printed = perf("script", "-i", str(path), "-F", "data_src")
     texts = {int(value, 16): text.rstrip() for value, text in re.findall(r"^\s*([0-9a-f]+) (\|.*)$", printed, re.M)}
     assert texts.keys() == set(values)
     for value, text in texts.items():

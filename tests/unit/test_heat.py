@@ -155,7 +155,6 @@ def test_it_says_what_the_naive_model_says(told: list[Bits | Counts | tuple[list
     np.testing.assert_array_equal(columns.last_seen_s, last)
     np.testing.assert_array_equal(columns.age_s, np.maximum(now_s - last, 0).astype(np.float32))
     np.testing.assert_array_equal(columns.sampled_age_s, np.maximum(now_s - sampled_at, 0).astype(np.float32))
-    np.testing.assert_array_equal(heat.first_seen_s, [page.first_s for page in naive.pages])
     assert not (columns.rate < 0).any()
     assert (np.isnan(columns.rate) == ~columns.known).all()
 

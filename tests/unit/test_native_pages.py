@@ -157,3 +157,31 @@ def test_a_dropped_mapping_and_a_closed_sweep_are_left_alone(memory_file: int) -
     with pytest.raises(Closed, match="sweep"):
         sweep.run(PAGES)
     assert not range_.closed
+
+
+def test_a_forked_child_unmaps_while_a_thread_of_its_parent_holds_the_lock(memory_file: int) -> None:
+    mask = np.zeros(PAGES, np.uint8)
+    range_, sweep = swept(memory_file, mask)
+    range_.before_release(lambda: sweep.drop(1))
+    running = threading.Thread(target=sweep.run, args=(PAGES, 100_000))
+    running.start()
+    children = []
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            sweep.wake()
+            del range_
+            gc.collect()
+            os._exit(0)
+        children.append(child)
+    deadline = time.monotonic() + 10
+    left = set(children)
+    while left and time.monotonic() < deadline:
+        left -= {child for child in left if os.waitpid(child, os.WNOHANG)[0]}
+        time.sleep(0.01)
+    for child in left:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    sweep.wake()
+    running.join()
+    assert not left, f"{len(left)} of 20 children hang"

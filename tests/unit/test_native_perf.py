@@ -114,14 +114,15 @@ def test_the_next_record_tells_what_was_lost() -> None:
     opened.enable()
     for page in range(999):
         pages.touch(page * OS_PAGE)
-    drain(opened)
+    data = drain(opened)
     pages.touch(999 * OS_PAGE)
     opened.disable()
-    data = drain(opened)
-    (record,) = Decoder([Layout(USUAL)]).decode(data).records
-    assert record["type"] == LOST
-    _, lost = struct.unpack_from("<QQ", data, int(record["offset"]) + 8)
-    assert lost == opened.count().lost
+    data += drain(opened)  # the record is in either part: Python may have faulted while it read the first
+    records = Decoder([Layout(USUAL)]).decode(data).records
+    assert len(records) > 0
+    assert set(records["type"]) == {LOST}
+    lost = [struct.unpack_from("<QQ", data, int(offset) + 8)[1] for offset in records["offset"]]
+    assert sum(lost) == opened.count().lost > 0
 
 
 def test_another_process_is_sampled_from_its_exec_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,8 +17,6 @@ PINNED: int = lib.TM_SWEEP_PINNED
 FOREIGN: int = lib.TM_SWEEP_FOREIGN
 HELD: int = lib.TM_SWEEP_HELD
 """Bits of a mask: a device reads the page; it holds memory of this process alone; it is locked."""
-
-_MOST_WINDOWS = 4096
 
 
 class SweptWindow(NamedTuple):
@@ -43,7 +42,8 @@ class Swept(NamedTuple):
 
 
 class Sweep(Handle):
-    """Of the process that made it; a forked child must not run it. One thread runs, others may add, drop and wake."""
+    """Of the process that made it: a forked child must not run it or add to it, and dropping and waking do nothing
+    there, since a thread that is not in the child may hold the locks. One thread runs, others may add, drop, wake."""
 
     noun = "sweep"
 
@@ -56,6 +56,7 @@ class Sweep(Handle):
             lib.tm_sweep_close(sweep)
 
         super().__init__(made[0], close, "of this process")
+        self._pid = os.getpid()
         self._arrays: dict[int, tuple[Any, ...]] = {}
 
     def add(self, key: int, range_: RangeReference, order: npt.NDArray[np.uint32], mask: npt.NDArray[np.uint8]) -> None:
@@ -73,18 +74,19 @@ class Sweep(Handle):
         """Forget a mapping; when this returns, no turn touches its memory. An unknown key and a closed sweep are no
         error: memory may be unmapped by whoever holds its last array."""
         handle = self._handle
-        if handle is not None:
+        if handle is not None and os.getpid() == self._pid:
             lib.tm_sweep_drop(handle, key)
         self._arrays.pop(key, None)
 
     def run(self, quota: int, turns: int = 1, epoch_s: float = 0.0, *, timed: bool = False) -> Swept:
         """Up to `turns` turns of about `quota` pages each, the first at once, the others `epoch_s` apart; ends early
         when it is woken. `timed`: also time a fault. Raises Closed, NativeError."""
-        windows = ffi.new("tm_sweep_window[]", _MOST_WINDOWS)
+        most = len(self._arrays) * turns
+        windows = ffi.new("tm_sweep_window[]", most)
         room = (quota + len(self._arrays)) * turns + sum(len(order) for order, _ in self._arrays.values())
         pages, touched = np.empty(room, np.uint32), np.empty(room, np.bool_)
         results = ffi.new("tm_sweep_results *")
-        results.windows, results.window_capacity = windows, _MOST_WINDOWS
+        results.windows, results.window_capacity = windows, most
         told = ffi.from_buffer("uint32_t[]", pages), ffi.from_buffer("uint8_t[]", touched)
         results.pages, results.touched = told
         results.page_capacity = room
@@ -97,7 +99,7 @@ class Sweep(Handle):
     def wake(self) -> None:
         """Have a run, now or the next one, end after its turn."""
         handle = self._handle
-        if handle is not None:
+        if handle is not None and os.getpid() == self._pid:
             lib.tm_sweep_wake(handle)
 
 
