@@ -90,9 +90,9 @@ def open_descriptors() -> int:
 def eventually(holds: Callable[[], bool]) -> bool:
     """Whether it holds within 10 s: the other end closes its descriptors a moment after ours has an answer."""
     deadline = time.monotonic() + 10
-    while not holds() and time.monotonic() < deadline:
+    while not (held := holds()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return holds()
+    return held
 
 
 def raw(served: Served) -> socket.socket:
