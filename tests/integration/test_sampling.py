@@ -46,8 +46,10 @@ sampling.configure(Order(rung, 0.002, 1.0))
 say("ready")
 pause()
 told = dict(sampled=0, touched=0, false=0, missed=0, untrackable=0, refused="")
+touched_s = np.full(pages, -np.inf)  # a window may span several epochs: nothing is due while the process had no CPU
 for _ in range(epochs):
     hot = random.random(pages) < 0.25
+    touched_s[hot] = time.monotonic()
     content[np.flatnonzero(hot).astype(np.int64) * (2 << 20) + random.integers(low, high, hot.sum())].sum()
     until = time.thread_time() + 0.002
     while time.thread_time() < until:
@@ -58,7 +60,7 @@ for _ in range(epochs):
     told["refused"] = report.refused
     told["untrackable"] += sum(map(len, report.untrackable.values()))
     for window in report.windows:
-        seen, truth = window.bits.touched, hot[window.bits.pages]
+        seen, truth = window.bits.touched, touched_s[window.bits.pages] > window.bits.begin_s
         told["sampled"] += len(seen)
         told["touched"] += int((seen & truth).sum())
         told["false"] += int((seen & ~truth).sum())
@@ -133,17 +135,17 @@ def told_by_children(
 
 
 def assert_true(told: dict[str, int], false_in: int | None = None) -> None:
-    """No false alarm, or at most one in `false_in` sampled pages; of touches at most one in 500 is missed: the kernel
-    may unmap a page of its own accord (reclaim) between touch and look."""
+    """No false alarm, or at most one in `false_in` sampled pages; of touches at most one, and one in 500, is missed:
+    the kernel may unmap a page of its own accord (reclaim) between touch and look."""
     assert told["untrackable"] == 0, told
     assert told["false"] == 0 if false_in is None else told["false"] * false_in <= told["sampled"], told
-    assert told["missed"] * 500 <= told["touched"], told
+    assert told["missed"] <= 1 + told["touched"] // 500, told
 
 
 def test_every_touch_of_a_sampled_page_is_told_and_no_other(file: int) -> None:
     for told in told_by_children(file, PAGES, "present", 3, 60, ANYWHERE):
         assert_true(told)
-        assert told["sampled"] > 20 * PAGES, told
+        assert told["sampled"] > 5 * PAGES, told  # many more where there is a core for each
         assert told["touched"] > 0.15 * told["sampled"]
 
 
@@ -160,7 +162,7 @@ def test_accessed_bits_tell_the_same(file: int) -> None:
     for told in told_by_children(file, PAGES, "accessed", 2, 25, INSIDE):
         # A load that the processor makes on speculation, and takes back, sets the bit all the same.
         assert_true(told, false_in=200)
-        assert told["sampled"] >= 10 * PAGES, told
+        assert told["sampled"] >= 5 * PAGES, told
         assert told["touched"] > 0.15 * told["sampled"]
 
 
@@ -200,7 +202,7 @@ def test_writes_to_copy_on_write_mappings_outlive_hundreds_of_epochs(file: int) 
             for (range_, content), where, values in zip(own, places, expected, strict=True):
                 assert not range_.closed
                 np.testing.assert_array_equal(content[where], values)
-    assert sampled > 300 * PAGES
+    assert sampled > 50 * PAGES
     for _range, content in shared:
         np.testing.assert_array_equal(content[::PAGE_BYTES], np.arange(PAGES))
 
@@ -224,14 +226,16 @@ def test_locked_pages_are_told_untrackable_and_sampled_again_once_unlocked(file:
     assert "locked" in last.refused
     assert 5 not in last.windows[0].bits.pages
     assert LIBC.munlock(*lock) == 0
+    sampled: set[int] = set()
     for _ in range(20):
         report = busy(sampling)
         if report:
             told |= {key: pages.tolist() for key, pages in report.untrackable.items()}
+            sampled.update(page for window in report.windows for page in window.bits.pages.tolist())
             last = report
     assert told == {"a": []}
     assert last.refused == ""
-    assert 5 in last.windows[0].bits.pages
+    assert 5 in sampled
 
 
 def test_memory_mapped_over_a_part_of_the_range_keeps_its_content(file: int) -> None:
