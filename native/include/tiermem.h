@@ -1,4 +1,4 @@
-/* tiermem native core: segments, mappings of them, the stock of prefaulted memory, file reading, copying.
+/* tiermem native core: segments, mappings of them, the stock of prefaulted memory, file reading, sampling, NUMA, copying.
  *
  * Owns memory and file descriptors behind opaque handles; has no global state. Knows no Python.
  * Functions return 0 or a negative status: -errno, or TM_E_*. Results leave through the last argument.
@@ -36,8 +36,9 @@ int tm_segment_open(int dirfd, const char *name, uint64_t bytes, tm_segment **se
 void *tm_segment_address(const tm_segment *segment);
 uint64_t tm_segment_bytes(const tm_segment *segment);
 /* Allocate and map the pages that [offset, offset+length) lies in, with up to `threads` threads; what they hold stays.
- * -ENOSPC where the backing is full. */
-int tm_segment_prefault(tm_segment *segment, uint64_t offset, uint64_t length, unsigned threads);
+ * nodes: bit n wants new memory on node n, and where these are full it comes from others; 0: as the kernel likes.
+ * -ENOSPC where the backing is full; -ENODEV if none of the nodes has memory. */
+int tm_segment_prefault(tm_segment *segment, uint64_t offset, uint64_t length, unsigned threads, uint64_t nodes);
 /* Make immutable: mapping read-only, file mode 0400, memfds sealed. Waits for prefaults; nobody may write meanwhile. */
 int tm_segment_seal(tm_segment *segment);
 /* A new read-only, close-on-exec descriptor of the file, to hand to a client. */
@@ -200,6 +201,37 @@ void tm_decoder_close(tm_decoder *decoder);
  * type. *used: bytes of whole records done. Bytes that are no packets are skipped and counted in *bad. */
 int tm_spe_decode(const void *bytes, uint64_t length, tm_sample *samples, uint64_t capacity, uint64_t *used, uint64_t *count,
                   uint64_t *bad);
+
+/* --- numa: on which node the pages of a segment lie, and moving them --------------------------------------------- */
+typedef struct tm_numa tm_numa; /* of the process that opened it; of no use after a fork */
+#define TM_NODE_ABSENT (-1) /* not in memory */
+#define TM_NODE_MIXED (-2)  /* its OS pages lie on several nodes */
+#define TM_MOVE_ALL 1       /* pages that other processes map, too; needs CAP_SYS_NICE */
+#define TM_MOVED 0
+#define TM_WAS_THERE 1
+int tm_numa_open(tm_numa **numa); /* as tm_pagemap_open */
+/* Asks the kernel for nodes[i] of page first + i; maps those that are in memory, allocates none. -ENOSYS: a kernel
+ * without NUMA. */
+int tm_numa_where(tm_numa *numa, const tm_segment *segment, uint32_t first, uint32_t count, int16_t *nodes);
+/* results[i] of page number pages[i] (ascending), by where it lies afterwards: TM_MOVED, TM_WAS_THERE, or why not all of
+ * it could be moved: -EBUSY (in use, or pinned by a device), -EACCES (others map it: TM_MOVE_ALL), -ENOMEM (the node is
+ * full), -ENOENT (not in memory), or another -errno of the kernel. A node without room for 2 MiB in one piece has the
+ * kernel split pages into OS pages: at most 16, then the others are left as they are.
+ * If the call itself fails, results are undefined and some pages may have moved: -EPERM, no CAP_SYS_NICE; -ENODEV, no such
+ * node with memory; -EACCES, not in this process's cpuset; -ENOSYS. Nothing to move is no failure. */
+int tm_numa_move(tm_numa *numa, const tm_segment *segment, const uint32_t *pages, uint32_t count, unsigned node, int flags,
+                 int32_t *results);
+void tm_numa_close(tm_numa *numa);
+
+/* --- probe: how fast a node's memory is ------------------------------------------------------------------------------ */
+typedef struct tm_probe tm_probe; /* one thread uses it at a time */
+/* Private memory, rounded up to pages, on 2 MiB OS pages where the kernel has them; nodes as in tm_segment_prefault. */
+int tm_probe_open(uint64_t bytes, uint64_t nodes, tm_probe **probe);
+int tm_probe_where(const tm_probe *probe, uint64_t *nodes); /* bit n: a part of it lies on node n, of the first 64 */
+/* Time of `loads` loads, each of which needs the one before, in random order; goes on where the last call stopped. */
+int tm_probe_latency(tm_probe *probe, uint64_t loads, uint64_t *ns);
+int tm_probe_bandwidth(tm_probe *probe, unsigned threads, uint64_t *ns); /* time of reading all of it once */
+void tm_probe_close(tm_probe *probe);
 
 /* --- copy ------------------------------------------------------------------------------------------------------- */
 int tm_copy(void *destination, const void *source, uint64_t bytes, unsigned threads);

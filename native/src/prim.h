@@ -79,6 +79,26 @@ int tm_prim_forget(void *address, uint64_t bytes); /* -EINVAL: locked; -ENOMEM: 
 int tm_prim_populate_read(void *address, uint64_t bytes); /* map what is there; -EINVAL before Linux 5.14 */
 int tm_prim_dump(void *address, uint64_t bytes, int dumped); /* in core dumps or not: neighbours that differ stay apart */
 
+/* --- nodes ------------------------------------------------------------------------------------------------------ */
+/* Node that the OS page at each address lies on, or -errno: -ENOENT, -EFAULT where our page tables have none. */
+int tm_prim_nodes(void *const *addresses, unsigned count, int *nodes);
+/* move_pages(2) for this process. 0; -ENOMEM: the target is full; or > 0: one of a list of neighbours in `addresses`
+ * was not moved, and those after that list were not tried. Lists end where an address's own status was written; that of
+ * the members of a list that failed, and of all that were not tried, is left as it was. */
+int tm_prim_move(void *const *addresses, unsigned count, const int *wanted, int all, int *status);
+/* Which OS pages of a file that is mapped here are in memory, mapped or not: bit 0 of a byte each. Of a hugetlbfs file
+ * that is not complete, none. */
+int tm_prim_resident(void *address, uint64_t bytes, int fd, unsigned char *resident);
+#define TM_PRIM_NODES 1024ul
+typedef struct tm_prim_policy { /* where a thread's new memory comes from */
+    int mode, known;
+    unsigned long nodes[TM_PRIM_NODES / 8 / sizeof(long)];
+} tm_prim_policy;
+/* The calling thread, and threads that it starts, take new memory from these nodes first. -ENODEV: none of them has
+ * memory; 0 is no wish, and a kernel without NUMA ignores it. */
+int tm_prim_prefer(uint64_t nodes, tm_prim_policy *before);
+void tm_prim_prefer_as(const tm_prim_policy *before);
+
 /* --- perf ------------------------------------------------------------------------------------------------------- */
 struct tm_event;
 /* A ring that the kernel fills. Positions only grow; byte `p` of the stream is at data[p % bytes]. */

@@ -76,6 +76,8 @@ void *tm_segment_address(const tm_segment *segment) { return segment->address; }
 
 uint64_t tm_segment_bytes(const tm_segment *segment) { return segment->bytes; }
 
+int tm_segment_fd(const tm_segment *segment) { return segment->fd; }
+
 struct prefault {
     tm_segment *segment;
     uint64_t offset;
@@ -87,14 +89,18 @@ static int prefault_step(void *argument, uint64_t offset, uint64_t length) {
     return tm_prim_populate(prefault->segment->address + offset, length, prefault->segment->fd, offset);
 }
 
-int tm_segment_prefault(tm_segment *segment, uint64_t offset, uint64_t length, unsigned threads) {
+int tm_segment_prefault(tm_segment *segment, uint64_t offset, uint64_t length, unsigned threads, uint64_t nodes) {
     if (!tm_within(offset, length, segment->bytes)) return TM_E_RANGE;
     uint64_t start = offset / TM_PAGE_BYTES * TM_PAGE_BYTES; /* whole pages: those that the part lies in */
     struct prefault prefault = {segment, start};
     length = tm_round_up(offset + length, TM_PAGE_BYTES) - start;
+    tm_prim_policy before;
+    int status = tm_prim_prefer(nodes, &before); /* the threads of the split inherit it */
+    if (status < 0) return status;
     pthread_rwlock_rdlock(&segment->sealing);
-    int status = segment->sealed ? TM_E_SEALED : tm_split(length, PREFAULT_STEP, threads, prefault_step, &prefault);
+    status = segment->sealed ? TM_E_SEALED : tm_split(length, PREFAULT_STEP, threads, prefault_step, &prefault);
     pthread_rwlock_unlock(&segment->sealing);
+    tm_prim_prefer_as(&before);
     return status;
 }
 

@@ -18,7 +18,7 @@ static void check_mounted(void) {
     int dirfd = open(path, O_RDONLY | O_DIRECTORY);
     tm_segment *segment;
     OK(tm_segment_create(dirfd, "s", 3 * PAGE, 0, &segment));
-    OK(tm_segment_prefault(segment, 0, 3 * PAGE, 1));
+    OK(tm_segment_prefault(segment, 0, 3 * PAGE, 1, 0));
     close(dirfd);
     OK(tm_tmpfs_resize(path, 9 * PAGE));
     OK(statvfs(path, &space));
@@ -56,12 +56,12 @@ int main(void) {
     }
     tm_segment *segment;
     OK(tm_segment_create(dirfd, "s", 4 * PAGE, 0, &segment));
-    OK(tm_segment_prefault(segment, 0, 4 * PAGE, 2));
+    OK(tm_segment_prefault(segment, 0, 4 * PAGE, 2, 0));
     EXPECT(mapped_huge(tm_segment_address(segment)), 4 * PAGE);
     tm_segment_close(segment);
     tm_segment *large;
     OK(tm_segment_create(dirfd, "large", 8 * PAGE, 0, &large));
-    EXPECT(tm_segment_prefault(large, 0, 8 * PAGE, 2), -ENOSPC); /* and no SIGBUS */
+    EXPECT(tm_segment_prefault(large, 0, 8 * PAGE, 2, 0), -ENOSPC); /* and no SIGBUS */
     tm_segment_close(large);
     close(dirfd);
     check_mounted();

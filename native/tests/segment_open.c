@@ -20,7 +20,7 @@ int main(void) {
     unsigned char *bytes = tm_segment_address(opened);
     EXPECT(bytes[0], 0xA5);
     EXPECT(bytes[PAGE - 1], 0xA5);
-    EXPECT(tm_segment_prefault(opened, 0, PAGE, 1), TM_E_SEALED);
+    EXPECT(tm_segment_prefault(opened, 0, PAGE, 1, 0), TM_E_SEALED);
     tm_segment_close(opened);
     OK(unlinkat(dirfd, "s", 0));
     OK(unlinkat(dirfd, "link", 0));

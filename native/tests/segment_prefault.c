@@ -34,17 +34,17 @@ static void populates_what_was_asked(void) {
     OK(tm_segment_create(-1, "s", 40 * PAGE, 0, &segment));
     unsigned char *bytes = tm_segment_address(segment);
     EXPECT(allocated(segment), 0);
-    OK(tm_segment_prefault(segment, 3 * PAGE + 5, 1, 1)); /* any byte stands for its page */
+    OK(tm_segment_prefault(segment, 3 * PAGE + 5, 1, 1, 0)); /* any byte stands for its page */
     EXPECT(allocated(segment), PAGE);
     bytes[3 * PAGE + 7] = 42;
-    OK(tm_segment_prefault(segment, 0, 40 * PAGE, 3));
+    OK(tm_segment_prefault(segment, 0, 40 * PAGE, 3, 0));
     EXPECT(allocated(segment), 40 * PAGE);
     EXPECT(bytes[3 * PAGE + 7], 42);
 
-    OK(tm_segment_prefault(segment, 40 * PAGE, 0, 1));
-    OK(tm_segment_prefault(segment, 0, PAGE, 0));
-    EXPECT(tm_segment_prefault(segment, 40 * PAGE, 1, 1), TM_E_RANGE);
-    EXPECT(tm_segment_prefault(segment, UINT64_MAX, 2, 1), TM_E_RANGE);
+    OK(tm_segment_prefault(segment, 40 * PAGE, 0, 1, 0));
+    OK(tm_segment_prefault(segment, 0, PAGE, 0, 0));
+    EXPECT(tm_segment_prefault(segment, 40 * PAGE, 1, 1, 0), TM_E_RANGE);
+    EXPECT(tm_segment_prefault(segment, UINT64_MAX, 2, 1, 0), TM_E_RANGE);
     tm_segment_close(segment);
 }
 

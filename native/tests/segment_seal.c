@@ -29,7 +29,7 @@ int main(void) {
     OK(tm_segment_seal(segment));
     TRUE(dies_of_write(bytes));
     EXPECT(bytes[0], 1);
-    EXPECT(tm_segment_prefault(segment, 0, PAGE, 1), TM_E_SEALED);
+    EXPECT(tm_segment_prefault(segment, 0, PAGE, 1, 0), TM_E_SEALED);
 
     int shared;
     struct stat facts;

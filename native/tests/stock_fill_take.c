@@ -57,13 +57,13 @@ static void hands_its_pages_over(int dirfd) {
     EXPECT(tm_stock_fill(stock, 8 * PAGE, 2), -ENOSPC);
     EXPECT(tm_stock_bytes(stock), 20 * PAGE); /* the failed step gave back what it had */
     OK(tm_segment_create(dirfd, "rest", 4 * PAGE, 0, &segment));
-    OK(tm_segment_prefault(segment, 0, 4 * PAGE, 1));
+    OK(tm_segment_prefault(segment, 0, 4 * PAGE, 1, 0));
     tm_segment_close(segment);
     OK(unlinkat(dirfd, "rest", 0));
     OK(tm_segment_create(dirfd, "s", 16 * PAGE, 0, &segment));
-    EXPECT(tm_segment_prefault(segment, 0, 16 * PAGE, 2), -ENOSPC);
+    EXPECT(tm_segment_prefault(segment, 0, 16 * PAGE, 2, 0), -ENOSPC);
     OK(tm_stock_take(stock, 16 * PAGE, &taken));
-    OK(tm_segment_prefault(segment, 0, 16 * PAGE, 2));
+    OK(tm_segment_prefault(segment, 0, 16 * PAGE, 2, 0));
     tm_segment_close(segment);
     tm_stock_close(stock);
 }

@@ -18,6 +18,7 @@ from tiermem._native.memory import (
     tmpfs_resize,
     tmpfs_unmount,
 )
+from tiermem._native.numa import MOVED, NODE_ABSENT, NODE_MIXED, WAS_THERE, Numa, Probe
 from tiermem._native.pages import HUGE, PRESENT, PRIVATE, Pagemap
 from tiermem._native.perf import RECORD, Count, Decoded, Decoder, Event, Layout, Ring, Spe, decode_spe
 from tiermem._native.sweep import FOREIGN, HELD, PINNED, Sweep, Swept
@@ -26,6 +27,7 @@ __all__ = [
     "E_ALIGN", "E_RANGE", "E_SEALED", "E_SHORT", "HUGE", "PAGE_BYTES", "PRESENT", "PRIVATE",
     "FOREIGN", "HELD", "PINNED",
     "Pagemap", "Range", "RangeReference", "Reader", "Segment", "Staging", "Stock", "Sweep", "Swept",
+    "MOVED", "NODE_ABSENT", "NODE_MIXED", "WAS_THERE", "Numa", "Probe",
     "RECORD", "Count", "Decoded", "Decoder", "Event", "Layout", "Ring", "Spe", "decode_spe",
     "check", "copy", "ffi", "lib", "tmpfs_detached", "tmpfs_mount", "tmpfs_resize", "tmpfs_unmount", "version",
 ]  # fmt: skip

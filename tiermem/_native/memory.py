@@ -77,11 +77,12 @@ class Segment(Handle):
         handle = self.live()
         return memory(lib.tm_segment_address(handle), self.nbytes, handle, writable=not self.sealed)
 
-    def prefault(self, offset: int = 0, length: int | None = None, threads: int = 1) -> None:
-        """Allocate and map the pages of [offset, offset+length), by default all. Raises NativeError."""
+    def prefault(self, offset: int = 0, length: int | None = None, threads: int = 1, nodes: int = 0) -> None:
+        """Allocate and map the pages of [offset, offset+length), by default all; new ones come from the nodes whose
+        bits are in `nodes`, from others where these are full. Raises NativeError (ENOSPC; ENODEV: no such node)."""
         handle = self.live()
         length = self.nbytes - offset if length is None else length
-        status = lib.tm_segment_prefault(handle, offset, length, threads)
+        status = lib.tm_segment_prefault(handle, offset, length, threads, nodes)
         check(status, f"cannot prefault {length} bytes at {offset} of segment {self._name}")
 
     def seal(self) -> None:
