@@ -9,18 +9,23 @@ CMAKE = $(BIN)/cmake -G Ninja -D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 NATIVE := CMakeLists.txt setup.py $(wildcard native/*.py native/*/*.[ch])
 INSTALLED := $(VENV)/installed
 TESTS := tests/unit tests/integration tests/hostile
+TEST_VM := $(BIN)/python -m pytest tests/vm -p no:cacheprovider --timeout 600 --durations 0 --durations-min 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test test-native test-python check sanitize conformance bench bench-sampling wheel clean
+.PHONY: help demo test test-native test-python test-vm check sanitize conformance wheel clean
+.PHONY: bench bench-sampling bench-policies bench-replay
 
 help:
 	@echo "make demo         show it all on this machine in a minute"
 	@echo "make test         the tests: native core, then unit, integration, hostile"
+	@echo "make test-vm      memory tiers on real kernels: tests/vm in virtual machines"
 	@echo "make check        style and types"
 	@echo "make sanitize     the native tests under ASan+UBSan and under TSan"
 	@echo "make conformance  safetensors' own tests; SAFETENSORS_SRC=a checkout of safetensors"
 	@echo "make bench        the main job against its peers, each figure beside its target; BENCH=--quick"
 	@echo "make bench-sampling  access statistics: decoding, heat, what sampling costs and finds"
+	@echo "make bench-policies  what a view of a million pages costs each policy, and a pool at rest its host"
+	@echo "make bench-replay  how fast traces are generated, replayed and put to the oracle"
 	@echo "make wheel        a wheel in dist/"
 	@echo "make clean        remove all that make made"
 
@@ -37,6 +42,12 @@ test-native: $(INSTALLED)
 
 test-python: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS) $(PYTEST)
+
+# One guest for all tests of a kind, as they share a daemon; a software-emulated CPU needs seconds to import anything.
+test-vm: $(INSTALLED)
+	$(BIN)/python -m compileall -q tiermem policies rpc tests
+	tests/vm/guest --numa --mem 3072 --timeout 1800 -- $(TEST_VM) $(PYTEST)
+	tests/vm/guest --cxl --timeout 1800 -- $(TEST_VM) $(PYTEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -62,6 +73,13 @@ bench-sampling: $(INSTALLED)
 	$(BIN)/python -m tests.bench.decode
 	$(BIN)/python -m tests.bench.heat
 	$(BIN)/python -m tests.bench.sampling
+
+bench-policies: $(INSTALLED)
+	$(BIN)/python -m tests.bench.policies
+	$(BIN)/python -m tests.bench.rest
+
+bench-replay: $(INSTALLED)
+	$(BIN)/python -m tests.bench.replay
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -227,7 +227,8 @@ class HeatRequest:
 @dataclass(frozen=True, slots=True)
 class HeatReply:
     """Heat of each page of a model, by the columns of tiermem.heat.HeatColumns, little-endian: u32 `sampled` and
-    `observed`, f32 `rate`, `age_s` and `sampled_age_s`, u8 `rung`. Layer i has pages[i] pages, in page order."""
+    `observed`, f32 `rate`, `age_s` and `sampled_age_s`, u8 `rung`. Layer i has pages[i] pages, in page order. i8 `tier`
+    is an index in `tiers`, or negative while the page is on its way."""
 
     layers: tuple[str, ...]
     pages: tuple[int, ...]
@@ -237,6 +238,51 @@ class HeatReply:
     age_s: bytes
     sampled_age_s: bytes
     rung: bytes
+    tiers: tuple[str, ...]
+    tier: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySetRequest:
+    """Puts a policy in charge: a shipped one by name, or a file of the pool's host by its absolute path."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySetReply:
+    """`warnings`: what is odd about it."""
+
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLogRequest:
+    """The latest moves, newest first: all, of a model, or of one page of it."""
+
+    model: str | None = None
+    page: int | None = None
+    limit: int = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class MoveEntry:
+    """Pages [first, first + pages) of a model; tiers by name. `outcome`: moved, evicted, copied, dropped, or the cause
+    why not."""
+
+    unix_s: float
+    model: str
+    first: int
+    pages: int
+    source: str
+    target: str
+    reason: str
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLogReply:
+    entries: tuple[MoveEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,8 @@ METHODS: Mapping[str, Method] = {
         Method("Remove", messages.RemoveRequest, messages.RemoveReply),
         Method("Report", messages.ReportRequest, messages.Empty, deadline_s=10.0),
         Method("Heat", messages.HeatRequest, messages.HeatReply, idempotent=True, deadline_s=10.0),
+        Method("PolicySet", messages.PolicySetRequest, messages.PolicySetReply, idempotent=True),
+        Method("PolicyLog", messages.PolicyLogRequest, messages.PolicyLogReply, idempotent=True, deadline_s=10.0),
         Method("Watch", messages.WatchRequest, messages.WatchEvent, streams=True, deadline_s=None),
         Method("Status", messages.StatusRequest, messages.StatusReply, idempotent=True, deadline_s=10.0),
     )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import settings
 from safetensors.numpy import save_file
 
 from tiermem.config import Config, load_config
@@ -21,8 +22,8 @@ from tiermem.config import Config, load_config
 NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 FREE_HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
-CAP_SYS_ADMIN = 21
-"""capability.h; a bit of `CapEff`."""
+CAP_SYS_ADMIN, CAP_SYS_NICE = 21, 23
+"""capability.h; bits of `CapEff`."""
 
 
 def has_capability(number: int, status: str = "/proc/self/status") -> bool:
@@ -33,9 +34,20 @@ def has_capability(number: int, status: str = "/proc/self/status") -> bool:
     return False
 
 
+def pytest_configure() -> None:
+    # How long an example takes says more of what else runs on the machine than of us.
+    settings.register_profile("patient", deadline=None)
+    settings.load_profile("patient")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("root") and not has_capability(CAP_SYS_ADMIN):
         pytest.skip("lacks CAP_SYS_ADMIN, which mounting and reserving pages need; run the tests as root")
+
+
+def dram(nbytes: int) -> str:
+    """Option `tier`: one tier of memory, of so many bytes."""
+    return f"dram={nbytes}B"
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ def config(tmp_path: Path) -> ConfigMaker:
 
     def make(**options: object) -> Config:
         defaults: dict[str, object] = {
-            "state": tmp_path / "state", "digests": tmp_path / "digests", "dram": "256MiB", "read_threads": 2,
+            "state": tmp_path / "state", "digests": tmp_path / "digests", "tier": "dram=256MiB", "read_threads": 2,
             "staging": "4MiB",
         }  # fmt: skip
         return load_config(defaults | options, environ={"HOME": str(tmp_path)}, files=())

@@ -195,10 +195,11 @@ def _open_sampler(pid: int) -> tuple[PerfSampler, Parts, Rung]:
 
 
 def _header(client: Client, command: Sequence[str] | None) -> bytes:
-    pool = client.status()["pool"]
+    status = client.status()
+    config = {**status["pool"], "policy": status["migration"]["policy"], "tiers": status["tiers"]}
     facts = asdict(host.probe())
     return frame(
-        "header", time.monotonic(), version=VERSION, tiermem=_native.version(), host=facts, config=pool,
+        "header", time.monotonic(), version=VERSION, tiermem=_native.version(), host=facts, config=config,
         command=list(command) if command else None, unix_s=time.time(),
     )  # fmt: skip
 

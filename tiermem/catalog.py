@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.errors import ModelNotFound, ProtocolError, Refused
-from tiermem.tier import DISK, DRAM
 from tiermem.types import LOADING, Manifest
 
 FileIdentity = tuple[int, int, int, int, str]
@@ -22,16 +21,21 @@ FileIdentity = tuple[int, int, int, int, str]
 class ModelRecord:
     """What the pool knows of one model. Arrays are indexed by tensor, segment or page number within the model.
 
-    `loaded`: it was whole once, so it stays known when its bytes leave memory.
+    `disk` is the id of the last tier. `placed`: the tier that counts each page; `residency` is the same, but LOADING
+    until the segment is whole. `replicas`: bit t, tier t has a copy. `loaded`: it was whole once, so it stays known
+    when its bytes leave memory. `first_id` is what the policy calls its first page.
     """
 
     name: str
     manifest: Manifest
     digests: list[bytes | None]
+    disk: int = 1
     ready: npt.NDArray[np.bool_] = field(init=False)
     keys: list[str | None] = field(init=False)
     last_used_s: npt.NDArray[np.float64] = field(init=False)
     residency: npt.NDArray[np.int8] = field(init=False)
+    placed: npt.NDArray[np.int8] = field(init=False)
+    replicas: npt.NDArray[np.uint8] = field(init=False)
     first_page: list[int] = field(init=False)
     tensors_of: list[list[int]] = field(init=False)
     loaded: bool = False
@@ -39,6 +43,7 @@ class ModelRecord:
     opens: int = 0
     last_open_s: float = 0.0
     generation: int = 0
+    first_id: int = 0
 
     def __post_init__(self) -> None:
         segments = self.manifest.segments
@@ -49,7 +54,9 @@ class ModelRecord:
         for segment in segments:
             pages.append(pages[-1] + segment.pages)
         self.first_page = pages
-        self.residency = np.full(pages[-1], DISK, np.int8)
+        self.residency = np.full(pages[-1], self.disk, np.int8)
+        self.placed = self.residency.copy()
+        self.replicas = np.zeros(pages[-1], np.uint8)
         self.tensors_of = [[] for _ in segments]
         for i, tensor in enumerate(self.manifest.tensors):
             self.tensors_of[tensor.extent.segment].append(i)
@@ -78,14 +85,21 @@ class ModelRecord:
         """Segments without a file: nothing of them is in memory or on its way."""
         return [i for i, key in enumerate(self.keys) if key is None]
 
-    def begin(self, segment: int, key: str) -> None:
-        """A segment file exists and is being filled."""
+    def begin(self, segment: int, key: str, placed: npt.NDArray[np.int8]) -> None:
+        """A segment file exists and is being filled, with pages of these tiers."""
         self.keys[segment] = key
+        self.placed[self.pages(segment)] = placed
         self.residency[self.pages(segment)] = LOADING
 
     def complete(self, segment: int) -> None:
         """Every tensor of the segment is there."""
-        self.residency[self.pages(segment)] = DRAM
+        pages = self.pages(segment)
+        self.residency[pages] = self.placed[pages]
+
+    def place(self, pages: slice | npt.NDArray[np.integer], tiers: npt.NDArray[np.int8] | int) -> None:
+        """These pages are in these memory tiers now."""
+        self.placed[pages] = tiers
+        self.residency[pages] = np.where(self.residency[pages] == LOADING, LOADING, self.placed[pages])
 
     def drop(self, segment: int) -> str:
         """The segment's bytes leave memory; returns the key that its file had."""
@@ -93,12 +107,13 @@ class ModelRecord:
         assert key is not None, f"{self.name}: segment {segment} is not in memory"
         self.keys[segment] = None
         self.ready[self.tensors_of[segment]] = False
-        self.residency[self.pages(segment)] = DISK
+        pages = self.pages(segment)
+        self.residency[pages] = self.placed[pages] = self.disk
         return key
 
     def resident(self, segment: int) -> bool:
-        pages = self.pages(segment)
-        return bool((self.residency[pages] == DRAM).all())
+        codes = self.residency[self.pages(segment)]
+        return bool(((codes != LOADING) & (codes != self.disk)).all())
 
     def resident_bytes(self) -> int:
         """Bytes of whole pages in memory, complete or on their way."""
@@ -107,12 +122,13 @@ class ModelRecord:
 
     def check(self) -> None:
         for i, segment in enumerate(self.manifest.segments):
-            codes = set(self.residency[self.pages(i)].tolist())
+            pages = self.pages(i)
+            codes, placed = set(self.residency[pages].tolist()), set(self.placed[pages].tolist())
             where = f"{self.name}: segment {i}"
-            assert len(codes) == 1, f"{where}: residency {codes}"
-            assert codes <= {DRAM, DISK, LOADING}, f"{where}: residency {codes}"
-            assert (codes == {DISK}) == (self.keys[i] is None), f"{where}: {codes} with key {self.keys[i]}"
-            if codes == {DRAM}:
+            assert codes in ({LOADING}, placed), f"{where}: residency {codes}, counted in {placed}"
+            assert (placed == {self.disk}) == (self.keys[i] is None), f"{where}: {placed} with key {self.keys[i]}"
+            assert self.disk not in placed or len(placed) == 1, f"{where}: in memory and on disk at once"
+            if self.resident(i):
                 assert self.ready[self.tensors_of[i]].all(), f"{where}: resident with a tensor that is not ready"
             end = 0
             for number in self.tensors_of[i]:
@@ -131,6 +147,7 @@ class Catalog:
         self._by_id: dict[str, ModelRecord] = {}
         self._by_name: dict[str, ModelRecord] = {}
         self._by_file: dict[FileIdentity, dict[ModelRecord, int]] = {}
+        self._next_id = 0
 
     def __iter__(self) -> Iterator[ModelRecord]:
         return iter(self._by_id.values())
@@ -144,6 +161,8 @@ class Catalog:
                 f"the name {record.name!r} is taken by {self._by_name[record.name].manifest.path}; "
                 "unload that model or load this one under another --name"
             )
+        record.first_id = self._next_id
+        self._next_id += record.first_page[-1]
         self._by_id[record.id] = record
         self._by_name[record.name] = record
         for i, file in enumerate(file_identities(record.manifest)):

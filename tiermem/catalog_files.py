@@ -25,10 +25,12 @@ _log = logging.getLogger(__name__)
 
 
 class CatalogFiles:
-    """`directory` holds one file per model identity. `error` says why the last change could not be kept, if so."""
+    """`directory` holds one file per model identity. `error` says why the last change could not be kept, if so.
+    `disk`: the tier of what is not in memory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, disk: int = 1) -> None:
         self.directory = directory
+        self._disk = disk
         self.error = ""
         self._writing = threading.Lock()
         os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -85,7 +87,7 @@ class CatalogFiles:
                 path.unlink()
                 continue
             try:
-                record, keys = _decode(durable.read(path))
+                record, keys = _decode(durable.read(path), self._disk)
                 if record.id != path.name:
                     raise ReadError(f"{path} is not the file of {record.name}, which is {record.id}")
                 yield record, keys
@@ -94,7 +96,7 @@ class CatalogFiles:
                 path.unlink(missing_ok=True)
 
 
-def _decode(body: bytes) -> tuple[ModelRecord, list[str | None]]:
+def _decode(body: bytes, disk: int) -> tuple[ModelRecord, list[str | None]]:
     saved: dict[str, Any] = msgpack.unpackb(body)
     if saved["format"] != _FORMAT:
         raise ReadError(f"catalog format {saved['format']}, this version reads {_FORMAT}")
@@ -104,7 +106,7 @@ def _decode(body: bytes) -> tuple[ModelRecord, list[str | None]]:
     keys: list[str | None] = saved["keys"]
     if len(digests) != len(manifest.tensors) or len(keys) != len(manifest.segments):
         raise ReadError(f"catalog file of {saved['name']} does not fit its own manifest")
-    record = ModelRecord(saved["name"], manifest, digests)
+    record = ModelRecord(saved["name"], manifest, digests, disk)
     record.loaded = True
     record.generation = saved["generation"]
     record.pins = saved["pins"]

@@ -145,7 +145,23 @@ class Client:
     def heat(self, name: str) -> ModelHeat:
         """What was observed of each page of a model. Raises ModelNotFound."""
         reply: m.HeatReply = self._call("Heat", m.HeatRequest(name))
-        return ModelHeat(tuple(zip(reply.layers, reply.pages, strict=True)), _columns(reply))
+        tier = np.frombuffer(reply.tier, np.int8)
+        return ModelHeat(tuple(zip(reply.layers, reply.pages, strict=True)), _columns(reply), reply.tiers, tier)
+
+    def set_policy(self, name: str) -> tuple[str, ...]:
+        """Put a policy in charge: a shipped one by name, or the file at an absolute path; returns what is odd about it.
+
+        Raises ConfigError where it cannot be loaded; the old one stays then.
+        """
+        reply: m.PolicySetReply = self._call("PolicySet", m.PolicySetRequest(name))
+        return reply.warnings
+
+    def policy_log(
+        self, model: str | None = None, page: int | None = None, limit: int = 1000
+    ) -> tuple[m.MoveEntry, ...]:
+        """The latest moves and refusals, newest first: all, of a model, or of one page of it. Raises ModelNotFound."""
+        reply: m.PolicyLogReply = self._call("PolicyLog", m.PolicyLogRequest(model, page, limit))
+        return reply.entries
 
     def watch(self, epoch_s: float | None = None, budget: float | None = None) -> Stream:
         """All that the pool observes from now on, as m.WatchEvent with frames of a recording. While this lasts, clients

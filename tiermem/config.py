@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from tiermem import host
 from tiermem.errors import ConfigError
+from tiermem.tier_spec import DISK, EXAMPLE, TierSpec, parse_tiers
 from tiermem.types import PAGE_BYTES, TENSOR_ALIGN
 from tiermem.units import format_bytes, parse_bytes, parse_seconds
 
@@ -36,12 +37,13 @@ DESCRIPTOR_ENDING = ".fd"
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What an option's value is. `read` turns text, or a typed value of a file or a caller, into it or raises
-    ValueError with what is wrong; `unit` is that of the number it returns."""
+    ValueError with what is wrong; `unit` is that of the number it returns. `many`: the flag may be repeated."""
 
     noun: str
     example: str
     read: Callable[[object], object]
     unit: str | None = None
+    many: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,14 @@ class Config:
     address: str
     state: Path
     digests: Path
-    dram: int
+    tier: tuple[TierSpec, ...]
     spare: int
     backing: Backing
     staging: int
     read_threads: int
     policy: str
+    policy_budget: float
+    quota: int
     sampler: Sampling
     sample_epoch: float
     sample_budget: float
@@ -151,8 +155,9 @@ def _default_digests(environ: Environ) -> Path:
     return Path("/var/cache/tiermem/digests") if os.geteuid() == 0 else Path.home() / ".cache/tiermem/digests"
 
 
-def _default_dram(environ: Environ) -> int:
-    return max(host.memory().usable_bytes // 2 // PAGE_BYTES, 1) * PAGE_BYTES
+def _default_tiers(environ: Environ) -> tuple[TierSpec, ...]:
+    half = max(host.memory().usable_bytes // 2 // PAGE_BYTES, 1) * PAGE_BYTES
+    return (TierSpec("dram", half), DISK)
 
 
 def _text(value: object) -> str:
@@ -270,8 +275,8 @@ OPTIONS: tuple[Option, ...] = (
            "Directory of the pool's segments and catalog."),
     Option("digests", _PATH, _default_digests, "--digests", "TIERMEM_DIGESTS",
            "Directory where digests of checkpoints are kept."),
-    Option("dram", _size("64GiB", PAGE_BYTES), _default_dram, "--dram", "TIERMEM_DRAM",
-           "Capacity of the DRAM tier; half of the memory by default."),
+    Option("tier", Kind("TIER", EXAMPLE, parse_tiers, many=True), _default_tiers, "--tier", "TIERMEM_TIER",
+           "A tier, fastest first: dram=SIZE, cxl=SIZE@nodeN, disk; half of the memory as DRAM by default."),
     Option("spare", _size("4GiB", 0), lambda environ: 0, "--spare", "TIERMEM_SPARE",
            "Memory kept prefaulted ahead of need."),
     Option("backing", _choice(*get_args(Backing)), lambda environ: "auto", "--backing", "TIERMEM_BACKING",
@@ -282,6 +287,10 @@ OPTIONS: tuple[Option, ...] = (
            "Threads that read files; they mostly wait."),
     Option("policy", Kind("POLICY", "lru", _text), lambda environ: "lru", "--policy", "TIERMEM_POLICY",
            "Name of a policy, or path of a policy file."),
+    Option("policy_budget", Kind("DURATION", "200ms", _seconds, "seconds"), lambda environ: 0.2,
+           "--policy-budget", None, "Time that a policy may take for a plan."),
+    Option("quota", _size("1GiB", PAGE_BYTES), lambda environ: 1 << 30, "--quota", None,
+           "Bytes that may move between memory tiers in a second."),
     Option("sampler", _choice(*get_args(Sampling)), lambda environ: "auto", "--sampler", None,
            "How the use of pages is observed; auto takes what tells most on this host."),
     Option("sample_epoch", Kind("DURATION", "100ms", _epoch, "seconds"), lambda environ: 0.1, "--sample-epoch", None,

@@ -25,9 +25,10 @@ from tiermem.observer import own_order
 from tiermem.paths import path_or_name_of
 from tiermem.pool import Opened, Pool
 from tiermem.reporting import Reporting
+from tiermem.rpc.messages import MoveEntry
 from tiermem.sampler.client import member_of
 from tiermem.statistics import ModelHeat
-from tiermem.status import heat_of, residency_of, status_of
+from tiermem.status import heat_of, moves_of, residency_of, status_of
 from tiermem.types import PAGE_BYTES
 from tiermem.units import format_seconds
 
@@ -94,6 +95,17 @@ class EmbeddedPool:
     def heat(self, name: str) -> ModelHeat:
         """What was observed of each page of a model. Raises ModelNotFound."""
         return heat_of(self._live(), name)
+
+    def set_policy(self, name: str) -> tuple[str, ...]:
+        """Put a policy in charge: a shipped one by name, or a file; returns what is odd about it.
+
+        Raises ConfigError where it cannot be loaded; the old one stays then.
+        """
+        return tuple(self._live().tiering.steering.set(name))
+
+    def policy_log(self, model: str | None = None, page: int | None = None, limit: int = 1000) -> tuple[MoveEntry, ...]:
+        """The latest moves and refusals, newest first: all, of a model, or of one page of it. Raises ModelNotFound."""
+        return moves_of(self._live(), model, page, limit)
 
     def close(self) -> None:
         """End the pool. Arrays that were taken stay valid."""

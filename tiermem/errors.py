@@ -28,6 +28,12 @@ class ConfigError(TiermemError, ValueError):
     exit_code = 2
 
 
+class PolicyError(TiermemError, ValueError):
+    """A policy raised, took too long, or asked for what cannot be."""
+
+    code = "policy"
+
+
 class DaemonUnreachable(TiermemError, ConnectionError):
     """No daemon answers at the address, or the connection to it broke."""
 

@@ -1,4 +1,4 @@
-"""Eviction: how memory becomes free under pressure or on request. Owns the migrator and the time of grace.
+"""Eviction: how memory becomes free under pressure or on request. Owns the time of grace.
 
 Never evicts what is leased, pinned or loading, and never loads. Guarded by the pool's lock.
 """
@@ -6,57 +6,45 @@ Never evicts what is leased, pinned or loading, and never loads. Guarded by the 
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container
 
-from tiermem.catalog import Catalog, ModelRecord
-from tiermem.dram import Dram
+from tiermem.catalog import ModelRecord
 from tiermem.errors import CapacityError, Refused
-from tiermem.journal import Journal
 from tiermem.lease import LeaseTable
-from tiermem.migrator import Migrator
-from tiermem.policy import Policy
-from tiermem.tier import DISK, DRAM, Tier
+from tiermem.memory import Memory
+from tiermem.migrator import log
 from tiermem.units import format_bytes, format_seconds
-from tiermem.view import Place, view_of
+from tiermem.view import Piece
 
 
 class Eviction:
-    """Of one pool. `loading` holds the ids of models with a load in progress; until `hold_until_s` (monotonic) nothing
-    is evicted under pressure."""
+    """Of one pool. `relieve(nbytes, record)` asks the policy for room that a load of the record needs; `loading` holds
+    the ids of models with a load in progress; until `hold_until_s` (monotonic) nothing is evicted under pressure."""
 
     def __init__(
         self,
-        policy: Policy,
-        catalog: Catalog,
+        memory: Memory,
         leases: LeaseTable,
-        dram: Dram,
-        tiers: Sequence[Tier],
         loading: Container[str],
-        journal: Journal,
+        relieve: Callable[[int, ModelRecord], None],
     ) -> None:
-        self.migrator = Migrator(policy, self.evict)
         self.hold_until_s = 0.0
-        self._catalog, self._leases, self._dram, self._tiers, self._loading = catalog, leases, dram, tiers, loading
-        self._journal = journal
+        self._memory, self._leases, self._loading, self._relieve = memory, leases, loading, relieve
 
     def make_room(self, nbytes: int, record: ModelRecord) -> None:
-        """Have `nbytes` free in DRAM, if need be by asking the policy what to evict. Raises CapacityError."""
-        dram = self._dram.tier
-        lacks = dram.lacks(nbytes)
-        if lacks and time.monotonic() >= self.hold_until_s:
-            others = (r for r in self._catalog if r is not record)
-            leased = self._leases.holders
-            view, places = view_of(others, lambda r: leased(r.id) > 0, self._tiers, {DRAM: lacks}, time.monotonic())
-            # Nothing is evicted for a load that cannot fit even then.
-            if sum(run.nbytes for run in view.segments(DRAM)) >= lacks:
-                self.migrator.relieve(view, places)
-        if dram.lacks(nbytes):
+        """Have `nbytes` free in memory, if need be by asking the policy what to evict. Raises CapacityError."""
+        tiers = self._memory.tiers
+        lacks = nbytes - tiers.free_bytes
+        if lacks > 0 and time.monotonic() >= self.hold_until_s:
+            self._relieve(lacks, record)
+        if nbytes > tiers.free_bytes:
             waiting = self.hold_until_s - time.monotonic()
             grace = f"; nothing is evicted for another {format_seconds(waiting)} after a restart" if waiting > 0 else ""
-            free, capacity = format_bytes(dram.free_bytes or 0), format_bytes(dram.capacity_bytes or 0)
+            where = "tier 'dram'" if not tiers.several else "tiers " + ", ".join(repr(t.name) for t in tiers.memory)
             raise CapacityError(
-                f"{record.name} needs {format_bytes(nbytes)} of tier 'dram', which has {free} free of {capacity}, and "
-                f"the rest is leased, pinned or held by the policy{grace}; unload a model or raise --dram"
+                f"{record.name} needs {format_bytes(nbytes)} of {where}, which has {format_bytes(tiers.free_bytes)} "
+                f"free of {format_bytes(tiers.capacity_bytes)}, and the rest is leased, pinned or held by the "
+                f"policy{grace}; unload a model or raise --tier"
             )
 
     def refuse_if_held(self, record: ModelRecord) -> None:
@@ -67,18 +55,24 @@ class Eviction:
         if record.pins:
             raise Refused(f"{record.name} is pinned {record.pins} times; unpin it first")
 
-    def evict(self, place: Place, reason: str) -> int:
-        """Take a segment out of memory; returns bytes freed. Raises Refused where it is held, loading or not there."""
-        record, segment = place
+    def evict(self, piece: Piece) -> int:
+        """Take a segment out of memory, as the policy wants; returns bytes freed. Raises Refused with the cause."""
+        record = piece.record
+        whole = len(piece.pages) == record.manifest.segments[piece.segment].pages
+        for cause, holds in (
+            (log.ELSEWHERE, not whole),
+            (log.LEASED, self._leases.holders(record.id) > 0),
+            (log.PINNED, record.pins > 0),
+            (log.LOADING, record.id in self._loading),
+            (log.GONE, record.keys[piece.segment] is None),
+        ):
+            if holds:
+                raise Refused(cause)
+        return self._memory.drop(record, piece.segment)
+
+    def evict_model(self, record: ModelRecord) -> int:
+        """Take a whole model out of memory, as somebody asked; returns bytes freed. Raises Refused."""
         self.refuse_if_held(record)
         if record.id in self._loading:
-            raise Refused(f"{record.name} is loading")
-        if record.keys[segment] is None:
-            raise Refused(f"{record.name}: segment {segment} is not in memory")
-        freed = self._dram.drop(record, segment)
-        pages = record.pages(segment)
-        self._journal.tell(
-            "move", model=record.id, first=pages.start, pages=pages.stop - pages.start, source=DRAM, target=DISK,
-            nbytes=freed, reason=reason,
-        )  # fmt: skip
-        return freed
+            raise Refused(f"{record.name} is loading; wait until it is there, or unload it")
+        return self._memory.drop_all(record)

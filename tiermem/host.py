@@ -15,7 +15,7 @@ from tiermem.types import PAGE_BYTES
 from tiermem.units import format_bytes
 
 ROOT = Path("/")
-CAP_SYS_ADMIN, CAP_PERFMON = 21, 38
+CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_PERFMON = 21, 23, 38
 """Bit numbers of capability.h."""
 _HUGETLB = "sys/kernel/mm/hugepages/hugepages-2048kB"
 _SHMEM_ENABLED = "sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -79,6 +79,7 @@ class Host:
     memfd: Capability
     populate: Capability
     cxl: Capability
+    migration: Capability
     rdma: Capability
     accelerator: Capability
     segments: Capability
@@ -107,6 +108,7 @@ def probe(root: Path = ROOT) -> Host:
         memfd=_memfd(root),
         populate=_populate(root),
         cxl=_cxl(root, nodes),
+        migration=_migration(root),
         rdma=_rdma(root),
         accelerator=_accelerator(root),
         segments=_segments(root),
@@ -133,6 +135,11 @@ def numa_nodes(root: Path = ROOT) -> tuple[NumaNode, ...]:
         total, free = (int(facts.get(key, 0)) * 1024 for key in ("MemTotal", "MemFree"))
         nodes.append(NumaNode(int(name.removeprefix("node")), _read(root, f"{path}/cpulist"), total, free))
     return tuple(sorted(nodes, key=lambda node: node.number))
+
+
+def nodes_with_memory(root: Path = ROOT) -> str:
+    """The kernel's list of NUMA nodes that have memory, such as `0-1`: what changes when one comes or goes."""
+    return _read(root, "sys/devices/system/node/has_memory")
 
 
 def storage(directory: str | Path, root: Path = ROOT) -> Storage:
@@ -216,6 +223,15 @@ def _cxl(root: Path, nodes: tuple[NumaNode, ...]) -> Capability:
     advice = f"daxctl reconfigure-device --mode=system-ram {' '.join(devices) or 'DEVICE'}"
     found = "DAX memory is no NUMA node yet" if devices else "no NUMA node without CPUs, no DAX device"
     return Capability(False, f"{found}; {advice} makes one")
+
+
+def _migration(root: Path) -> Capability:
+    if has_capability(root, CAP_SYS_NICE):
+        return Capability(True, "CAP_SYS_NICE: pages move between NUMA nodes under whoever has them mapped")
+    return Capability(
+        False, "only pages that no client has mapped move between NUMA nodes; the rest needs CAP_SYS_NICE "
+        "(setcap cap_sys_nice+ep, or systemd's AmbientCapabilities=)"
+    )  # fmt: skip
 
 
 def _rdma(root: Path) -> Capability:

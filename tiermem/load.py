@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from blake3 import blake3
 
@@ -101,7 +102,10 @@ class Load:
         stock: _native.Stock | None,
         lock: threading.RLock,
         on_segment: Callable[[Load, int], None],
+        nodes: Sequence[int] = (),
     ) -> None:
+        """`nodes`: by tier, the mask of NUMA nodes that its pages belong on; the first of the tiers takes from the
+        stock."""
         self.record = record
         self.segments = dict(segments)
         self.figures = Figures(source is None)
@@ -113,6 +117,7 @@ class Load:
         self._stock = stock
         self._lock = lock
         self._on_segment = on_segment
+        self._nodes = nodes
         self._queue = deque(tasks)
         self._urgent: deque[Task] = deque()
         self._left = len(tasks)
@@ -220,17 +225,26 @@ class Load:
             self.figures.prefault_thread_s += time.monotonic() - begin
 
     def _populate(self, segment: int, first: int, nbytes: int) -> None:
-        """Prefault pages of a segment, with memory that the stock gives back as far as it has any."""
+        """Prefault pages of a segment in the tiers that they were given, those of the first with memory that the stock
+        gives back as far as it has any."""
+        page = self.record.first_page[segment] + first // PAGE_BYTES
+        tiers = self.record.placed[page : page + nbytes // PAGE_BYTES].tolist()
+        for tier, run in groupby(enumerate(tiers), lambda pair: pair[1]):
+            numbers = [number for number, _ in run]
+            start, size = first + numbers[0] * PAGE_BYTES, len(numbers) * PAGE_BYTES
+            self._populate_in(segment, start, size, self._nodes[tier] if self._nodes else 0, tier == 0)
+
+    def _populate_in(self, segment: int, first: int, nbytes: int, nodes: int, from_stock: bool) -> None:
         pages = {(segment, page) for page in range(first, first + nbytes, PAGE_BYTES)}
         with self._lock:
             # Neighbouring tasks share a page; the stock gives for it once.
             fresh = pages - self._paid
             self._paid |= fresh
-        if self._stock is not None and fresh:
+        if self._stock is not None and fresh and from_stock:
             self._stock.take(len(fresh) * PAGE_BYTES)
         while True:
             try:
-                self.segments[segment].prefault(first, nbytes, 1)
+                self.segments[segment].prefault(first, nbytes, 1, nodes)
                 return
             except NativeError as error:
                 # A step of the stock's filling that began before this load may have taken the room.
@@ -238,7 +252,7 @@ class Load:
                     layer = self.record.manifest.segments[segment].layer
                     raise CapacityError(
                         f"{self.record.name}: {nbytes} bytes of memory for {layer} could not be had: {error}; free "
-                        "memory on the host or lower --dram"
+                        "memory on the host or lower --tier"
                     ) from error
 
     def _read(self, task: Task, staging: _native.Staging) -> None:

@@ -51,7 +51,11 @@ class PoolCollector:
                 "clients": ("Processes that hold leases.", len(pool.statistics.clients)),
                 "loads": ("Loads in progress.", len(pool.loads())),
             }
-            evicted, quarantined = pool.eviction.migrator.evicted_bytes, pool.quarantined
+            evicted, quarantined = pool.tiering.migrator.evicted_bytes, pool.quarantined
+            steering, migrator, control = pool.tiering.steering, pool.tiering.migrator, pool.tiering.control
+            moved = {(pool.tiers[s].name, pool.tiers[t].name): n for (s, t), n in migrator.log.moved_pages.items()}
+            refused = dict(migrator.log.refused)
+            policy_cpu_s, control_cpu_s, failures = steering.cpu_s, control.cpu_s, steering.failures
         used = GaugeMetricFamily("tiermem_tier_used_bytes", "Bytes in use.", labels=["tier"])
         capacity = GaugeMetricFamily("tiermem_tier_capacity_bytes", "Bytes that a tier may hold.", labels=["tier"])
         for name, used_bytes, capacity_bytes in tiers:
@@ -63,6 +67,16 @@ class PoolCollector:
             yield GaugeMetricFamily(f"tiermem_{name}", text, value=value)
         yield CounterMetricFamily("tiermem_evicted_bytes", "Bytes that left memory by policy.", value=evicted)
         yield CounterMetricFamily("tiermem_quarantined_loads", "Adopted models with damaged bytes.", value=quarantined)
+        pages = CounterMetricFamily("tiermem_moved_pages", "Pages that moved.", labels=["source", "target"])
+        for way, count in moved.items():
+            pages.add_metric(way, count)
+        causes = CounterMetricFamily("tiermem_refused_pages", "Pages that a plan named and stayed.", labels=["cause"])
+        for cause, count in refused.items():
+            causes.add_metric([cause], count)
+        yield from (pages, causes)
+        yield CounterMetricFamily("tiermem_policy_failures", "Times that a policy was taken out.", value=failures)
+        yield CounterMetricFamily("tiermem_policy_cpu_seconds", "CPU time of policies.", value=policy_cpu_s)
+        yield CounterMetricFamily("tiermem_control_cpu_seconds", "CPU time of the control loop.", value=control_cpu_s)
         for name, text in _SAMPLING.items():
             counter = CounterMetricFamily(f"tiermem_sampling_{name}", text, labels=["rung"])
             for rung in Rung:

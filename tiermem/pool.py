@@ -13,27 +13,28 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from tiermem import host
 from tiermem.adoption import adopt
 from tiermem.catalog import Catalog, ModelRecord
 from tiermem.catalog_files import CatalogFiles
 from tiermem.config import Config
 from tiermem.digests import DigestRecords
-from tiermem.dram import Dram
 from tiermem.errors import Closed, ModelNotFound, Refused, TiermemError, own
-from tiermem.eviction import Eviction
 from tiermem.journal import Journal, Watcher
 from tiermem.lease import Lease, LeaseTable, Session
 from tiermem.load import Figures, Load, plan_checks, plan_reads, readiness
 from tiermem.loader import BLOCK_BYTES, Loader
+from tiermem.memory import Memory
 from tiermem.paths import KnownPaths, default_name
-from tiermem.policy import load_policy
 from tiermem.rpc.messages import ReportRequest
 from tiermem.segment import open_backing
 from tiermem.source.file import FileSource
 from tiermem.spare import Spare
 from tiermem.statistics import AccessStatistics
-from tiermem.tier import DISK, DRAM, Tier
-from tiermem.types import PAGE_BYTES, Manifest
+from tiermem.steering import Steering
+from tiermem.tier import open_tiers
+from tiermem.tiering import Tiering
+from tiermem.types import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +53,39 @@ class Pool:
         self.id = secrets.token_hex(8)
         self.config = config
         self.started_s = time.time()
-        capacity = config.dram // PAGE_BYTES * PAGE_BYTES
-        policy = load_policy(config.policy)  # before anything is made that would have to be given up
-        backing = open_backing(config.backing, None if embedded else config.state / "segments", capacity)
-        self.dram = Dram(backing, Tier(DRAM, "dram", capacity))
-        self.tiers = (self.dram.tier, Tier(DISK, "disk", None))
+        self.lock = threading.RLock()  # guards catalog, leases and tiers; for readers that need them to agree
+        self.tiers = open_tiers(config.tier, host.numa_nodes())
+        steering = Steering(config.policy, config.policy_budget)
+        try:
+            directory = None if embedded else config.state / "segments"
+            backing = open_backing(config.backing, directory, self.tiers.capacity_bytes)
+        except BaseException:
+            steering.close()
+            raise
+        self.memory = Memory(backing, self.tiers)
         self.catalog = Catalog()
         self.leases = LeaseTable()
         self.journal = Journal()
         self.statistics = AccessStatistics(self.journal)
-        self.quarantined = 0
+        self.quarantined, self._closed = 0, False
         self.figures: dict[str, Figures] = {}
-        self.lock = threading.RLock()  # guards catalog, leases and tiers; for readers that need them to agree
-        self._closed = False
         self._paths = KnownPaths()
         self._digests = DigestRecords(config.digests)
         self._loads: dict[str, Load] = {}
-        self.eviction = Eviction(policy, self.catalog, self.leases, self.dram, self.tiers, self._loads, self.journal)
+        self.tiering = Tiering(
+            steering, config.quota, self.memory, self.catalog, self.leases, self._loads, self.statistics, self.lock
+        )
         self._load_ended = threading.Condition(self.lock)
         self.loader = Loader(config.read_threads, config.staging, self.lock, self._end)
         if not embedded:
             self.loader.start()
-        self.files = None if embedded else CatalogFiles(config.state / "catalog")
+        self.files = None if embedded else CatalogFiles(config.state / "catalog", self.tiers.disk)
         if self.files is not None and backing.survives:
             self._adopt(self.files)
         self.spare = Spare(backing, config.spare, self._spare_room)
         for record in self.catalog:
             self._begin(record)
+        self.tiering.start()
 
     # --- loading ------------------------------------------------------------------------------------------------
 
@@ -89,6 +96,7 @@ class Pool:
 
         Raises CheckpointNotFound, CheckpointError, CapacityError, or Refused where `name` is another model's.
         """
+        self.tiering.steering.refresh()
         manifest = self._paths.manifest(path, layers)
         with self.lock:
             record, _ = self._record(manifest, name)
@@ -105,6 +113,7 @@ class Pool:
     ) -> Opened:
         """Lease a model, by path or by name, and begin to load what is missing of it. Raises as `load` does,
         and ModelNotFound for an unknown name."""
+        self.tiering.steering.refresh()
         manifest = None if path is None else self._paths.manifest(path, layers)
         with self.lock:
             if session.ended:
@@ -152,7 +161,7 @@ class Pool:
         self._supersede(manifest, name)
         default = self.catalog.free_name(default_name(manifest), manifest.identity)
         known = self._digests.get(manifest)
-        record = ModelRecord(name or default, manifest, known or [None] * len(manifest.tensors))
+        record = ModelRecord(name or default, manifest, known or [None] * len(manifest.tensors), self.tiers.disk)
         self.catalog.add(record)
         return record, None
 
@@ -175,14 +184,15 @@ class Pool:
             if self._closed:
                 raise Closed("the pool is closed")
             self.loader.start()
-            self.eviction.make_room(sum(record.manifest.segments[i].page_bytes for i in missing), record)
-            segments = self.dram.create(record, missing)
+            self.tiering.eviction.make_room(sum(record.manifest.segments[i].page_bytes for i in missing), record)
+            segments = self.memory.create(record, self.tiering.places(record, missing))
         except TiermemError:
             self._forget_unloaded(record)
             raise
         tasks = plan_reads(record.manifest, missing, BLOCK_BYTES)
         source = FileSource(record.manifest.files)
-        load = Load(record, segments, tasks, source, self.spare.stock, self.lock, self._complete)
+        nodes = [tier.node_mask for tier in self.tiers]
+        load = Load(record, segments, tasks, source, self.spare.stock, self.lock, self._complete, nodes)
         self._loads[record.id] = load
         return load
 
@@ -196,6 +206,7 @@ class Pool:
 
     def _complete(self, load: Load, segment: int) -> None:
         load.segments[segment].seal()
+        self.tiering.settle(load.record, segment)
         with self.lock:
             load.record.complete(segment)
 
@@ -207,7 +218,7 @@ class Pool:
             self._load_ended.notify_all()
             if error is not None:
                 for i in load.segments:
-                    self.dram.drop(record, i)
+                    self.memory.drop(record, i)
                 self.leases.fail(record.id, error)
                 self.quarantined += load.is_check
                 self._forget_unloaded(record)
@@ -237,7 +248,7 @@ class Pool:
     def share(self, lease: Lease, segments: Iterable[int]) -> list[int]:
         """New read-only descriptors of the model's segments, for the caller to send and close."""
         with self.lock:
-            return self.dram.share(self.record(lease), segments)
+            return self.memory.share(self.record(lease), segments)
 
     def release(self, lease: Lease) -> None:
         """End a lease."""
@@ -297,8 +308,7 @@ class Pool:
         """Take a model out of memory; it stays known, and an open brings it back. Returns bytes freed."""
         with self.lock:
             record = self.catalog.named(name)
-            resident = [i for i, key in enumerate(record.keys) if key is not None]
-            freed = sum(self.eviction.evict((record, i), "asked for") for i in resident)
+            freed = self.tiering.evict(record)
         self._persist(record)
         self.spare.refill()
         return freed
@@ -324,7 +334,7 @@ class Pool:
         with self.lock:
             self.catalog.check()
             self.leases.check()
-            self.dram.check(self.catalog)
+            self.memory.check(self.catalog)
             self.statistics.check()
 
     def close(self) -> None:
@@ -333,13 +343,14 @@ class Pool:
             if self._closed:
                 return
             self._closed = True
+        self.tiering.close()
         self.loader.close()
         self.spare.close()
-        keep = self.config.keep and self.dram.backing.survives
+        keep = self.config.keep and self.memory.backing.survives
         if self.files is not None and not keep:
             for record in self.catalog:
                 self.files.remove(record.id)
-        self.dram.close(keep)
+        self.memory.close(keep)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -348,7 +359,7 @@ class Pool:
         with self.lock:
             if self.catalog.by_id(record.id) is not record:
                 return None
-            self.eviction.refuse_if_held(record)
+            self.tiering.eviction.refuse_if_held(record)
             load = self._loads.get(record.id)
             if load is None:
                 self._forget(record)
@@ -362,7 +373,8 @@ class Pool:
             self.catalog.remove(record)
 
     def _forget(self, record: ModelRecord) -> None:
-        self.dram.drop_all(record)
+        self.memory.drop_all(record)
+        self.tiering.migrator.replicas.forget(record, self.tiers)
         self.catalog.remove(record)
         self.statistics.forget(record)
         self.figures.pop(record.id, None)
@@ -374,15 +386,14 @@ class Pool:
             self.files.sync(record.id, lambda: self.catalog.by_id(record.id))
 
     def _adopt(self, files: CatalogFiles) -> None:
-        for record, segments in adopt(files, self.dram.backing, self.dram.tier):
+        for record, segments in adopt(files, self.memory):
             record.name = self.catalog.free_name(record.name, record.id)
             self.catalog.add(record)
-            self.dram.take_over(record, segments)
             if segments:
                 tasks = plan_checks(record, segments)
                 self._loads[record.id] = Load(record, segments, tasks, None, None, self.lock, self._complete)
-                self.eviction.hold_until_s = time.monotonic() + self.config.grace
+                self.tiering.eviction.hold_until_s = time.monotonic() + self.config.grace
 
     def _spare_room(self) -> int:
         with self.lock:
-            return 0 if self._loads else self.dram.tier.free_bytes or 0
+            return 0 if self._loads else self.tiers.memory[0].free_bytes or 0

@@ -32,7 +32,7 @@ from tiermem.rpc import messages as m
 from tiermem.rpc.codec import encode_manifest
 from tiermem.rpc.descriptors import DescriptorServer, remove_stale
 from tiermem.rpc.server import create_server
-from tiermem.status import heat_of, status_of
+from tiermem.status import heat_of, moves_of, status_of
 from tiermem.units import format_seconds
 
 _THREADS = 16
@@ -163,8 +163,15 @@ class PoolService:
         layers, pages = zip(*found.layers, strict=True) if found.layers else ((), ())
         return m.HeatReply(
             layers, pages, columns.sampled.tobytes(), columns.observed.tobytes(), columns.rate.tobytes(),
-            columns.age_s.tobytes(), columns.sampled_age_s.tobytes(), columns.rung.tobytes(),
+            columns.age_s.tobytes(), columns.sampled_age_s.tobytes(), columns.rung.tobytes(), found.tiers,
+            found.tier.tobytes(),
         )  # fmt: skip
+
+    async def policyset(self, request: m.PolicySetRequest, session: Session) -> m.PolicySetReply:
+        return m.PolicySetReply(tuple(await self._blocking(self.pool.tiering.steering.set, request.name)))
+
+    async def policylog(self, request: m.PolicyLogRequest, session: Session) -> m.PolicyLogReply:
+        return m.PolicyLogReply(await self._blocking(moves_of, self.pool, request.model, request.page, request.limit))
 
     async def watch(self, request: m.WatchRequest, session: Session) -> AsyncGenerator[m.WatchEvent, None]:
         loop, more = asyncio.get_running_loop(), asyncio.Event()
@@ -241,6 +248,8 @@ async def serve(config: Config, on_ready: Callable[[Pool], None]) -> None:
         ending.push_async_callback(descriptors.stop)
         await descriptors.start(str(descriptor_path(path)))
         on_ready(pool)
+        if not pool.tiers.several:  # else the control loop does, before its first tick
+            ending.push_async_callback(asyncio.wait, [loop.run_in_executor(None, pool.tiering.watch.measure)])
         await stop.wait()
         _log.info("stopping: %d leases end, segments are %s", len(pool.leases), "kept" if config.keep else "freed")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from tiermem.addresses import AddressBook
 from tiermem.catalog import ModelRecord
@@ -74,10 +75,13 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class ModelHeat:
-    """Heat of a model's pages, and which layer they are: (layer, pages) in page order."""
+    """Heat of a model's pages, which layer they are: (layer, pages) in page order, and the tier of each: an index in
+    `tiers`, or LOADING."""
 
     layers: tuple[tuple[str, int], ...]
     columns: HeatColumns
+    tiers: tuple[str, ...]
+    tier: npt.NDArray[np.int8]
 
     def by_layer(self) -> Iterator[tuple[str, HeatColumns]]:
         """Each layer with the heat of its pages."""

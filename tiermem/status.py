@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +15,10 @@ from tiermem.heat import HeatColumns
 from tiermem.load import Figures, Load
 from tiermem.observations import Rung
 from tiermem.pool import Pool
+from tiermem.rpc.messages import MoveEntry
 from tiermem.statistics import Client, ModelHeat
+from tiermem.tier import Tier, Tiers
+from tiermem.tiering import Tiering
 from tiermem.types import LOADING
 
 
@@ -28,25 +33,21 @@ def status_of(pool: Pool, name: str | None = None) -> dict[str, Any]:
                 "pid": os.getpid(),
                 "version": _native.version(),
                 "uptime_s": time.time() - pool.started_s,
-                "backing": pool.dram.backing.kind,
-                "backing_reason": pool.dram.backing.reason,
-                "policy": pool.config.policy,
-                "policy_failure": pool.eviction.migrator.failure,
+                "backing": pool.memory.backing.kind,
+                "backing_reason": pool.memory.backing.reason,
                 "catalog_error": pool.files.error if pool.files else "",
                 "quarantined_loads": pool.quarantined,
-                "evicted_bytes": pool.eviction.migrator.evicted_bytes,
+                "evicted_bytes": pool.tiering.migrator.evicted_bytes,
                 "leases": len(pool.leases),
             },
+            "migration": _migration(pool.tiering, pool.tiers),
             "sampling": {
                 "rung": pool.statistics.rung,
                 "reason": pool.statistics.reason,
                 "clients": [_client(client) for client in pool.statistics.clients.values()],
                 "rungs": {rung.name.lower(): asdict(cost) for rung, cost in sorted(pool.statistics.costs.items())},
             },
-            "tiers": [
-                {"name": tier.name, "capacity_bytes": tier.capacity_bytes, "used_bytes": tier.used_bytes}
-                for tier in pool.tiers
-            ],
+            "tiers": [_tier(tier) for tier in pool.tiers],
             "spare": {
                 "target_bytes": pool.spare.target_bytes,
                 "ready_bytes": pool.spare.nbytes,
@@ -62,15 +63,37 @@ def heat_of(pool: Pool, name: str) -> ModelHeat:
     with pool.lock:
         record = pool.catalog.named(name)
         columns = pool.statistics.heat(record).columns(time.monotonic())
-    return ModelHeat(tuple((segment.layer, segment.pages) for segment in record.manifest.segments), columns)
+        tier = record.residency.copy()
+    layers = tuple((segment.layer, segment.pages) for segment in record.manifest.segments)
+    return ModelHeat(layers, columns, tuple(tier.name for tier in pool.tiers), tier)
+
+
+def moves_of(pool: Pool, model: str | None, page: int | None, limit: int) -> tuple[MoveEntry, ...]:
+    """The latest moves, newest first: all, of a model, or of one page of it. Raises ModelNotFound."""
+    if model is not None:
+        with pool.lock:
+            pool.catalog.named(model)
+    names = [tier.name for tier in pool.tiers]
+    return tuple(
+        MoveEntry(
+            entry.unix_s, entry.model, entry.first, entry.pages, names[entry.source], names[entry.target],
+            entry.reason, entry.outcome,
+        )
+        for entry in pool.tiering.migrator.log.entries(model, page, max(0, min(limit, 10_000)))
+    )  # fmt: skip
 
 
 def residency_of(pool: Pool, record: ModelRecord) -> dict[str, str]:
-    """Layer -> name of the tier that holds it, or `loading`."""
+    """Layer -> name of the tier that holds it, `loading`, or where several do `dram+cxl`, the one with most pages
+    first."""
     with pool.lock:
-        codes = [int(record.residency[pages.start]) for pages in map(record.pages, range(len(record.keys)))]
+        residency = record.residency.tolist()
     names = {tier.id: tier.name for tier in pool.tiers} | {LOADING: "loading"}
-    return {segment.layer: names[code] for segment, code in zip(record.manifest.segments, codes, strict=True)}
+    found = {}
+    for number, segment in enumerate(record.manifest.segments):
+        codes = Counter(residency[record.pages(number)])
+        found[segment.layer] = "+".join(names[code] for code, _ in codes.most_common())
+    return found
 
 
 def _model(pool: Pool, record: ModelRecord, load: Load | None) -> dict[str, Any]:
@@ -94,6 +117,42 @@ def _model(pool: Pool, record: ModelRecord, load: Load | None) -> dict[str, Any]
         "residency": residency_of(pool, record),
         "heat": _heat(pool.statistics.heat(record).columns(time.monotonic())),
         "last_load": _figures(figures) if figures else None,
+    }
+
+
+def _tier(tier: Tier) -> dict[str, Any]:
+    speed = {name: None if math.isnan(value) else value for name, value in asdict(tier.speed).items()}
+    return {
+        "name": tier.name,
+        "kind": tier.kind,
+        "nodes": list(tier.nodes),
+        "online": tier.online,
+        "capacity_bytes": tier.capacity_bytes,
+        "used_bytes": tier.used_bytes,
+        **speed,
+    }
+
+
+def _migration(tiering: Tiering, tiers: Tiers) -> dict[str, Any]:
+    steering, migrator = tiering.steering, tiering.migrator
+    return {
+        "policy": steering.name,
+        "policy_failure": steering.failure,
+        "policy_warnings": list(steering.warnings),
+        "period_s": steering.period_s,
+        "plans": steering.plans,
+        "failures": steering.failures,
+        "policy_cpu_s": steering.cpu_s,
+        "control_cpu_s": tiering.control.cpu_s,
+        "ticks": tiering.control.ticks,
+        "quota_bytes_s": migrator.quota.bytes_s,
+        "moves_shared": migrator.moves_shared,
+        "moved_bytes": migrator.moved_bytes,
+        "moved_pages": {
+            f"{tiers[source].name}->{tiers[target].name}": pages
+            for (source, target), pages in sorted(migrator.log.moved_pages.items())
+        },
+        "refused": dict(migrator.log.refused),
     }
 
 

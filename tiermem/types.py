@@ -4,7 +4,7 @@
     segment     one shared-memory file: the bytes of one layer of a model
     extent      (segment, offset, length): where a tensor's bytes are
     manifest    the parsed description of a checkpoint; no bytes
-    residency   which tier holds a page: a tier id >= 0, or ABSENT, LOADING, MOVING
+    residency   which tier holds a page: a tier id >= 0, or LOADING
     lease       a client's right to read a model in place
 
 `docs/design.md` section 2 has the whole glossary.
@@ -21,8 +21,11 @@ PAGE_BYTES = 2 << 20
 TENSOR_ALIGN = 4096
 """Every tensor starts at a multiple of this within its segment."""
 
-ABSENT, LOADING, MOVING = -1, -2, -3
-"""Residency of a page that is in no tier."""
+LOADING = -2
+"""Residency of a page that is in no tier yet."""
+
+TENSOR_CLASSES = ("other", "embedding", "attention", "mlp", "expert", "norm", "head")
+"""What a tensor is for, as its name says."""
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,

@@ -41,10 +41,12 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`1.48 s`, `12.3 ms`, `840 us`."""
+    """`1.48 s`, `12.3 ms`, `840 us`, `90 ns`."""
     if seconds >= 1:
         return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+    if seconds >= 1e-3:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds * 1e6:.0f} us" if seconds >= 1e-6 or seconds == 0 else f"{seconds * 1e9:.0f} ns"
 
 
 def format_rate(bytes_per_s: float) -> str:

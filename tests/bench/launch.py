@@ -119,14 +119,14 @@ class Daemon:
 
 
 @contextmanager
-def daemon(dram_bytes: int, spare_bytes: int = 0) -> Iterator[Daemon]:
-    """A daemon that ends with the block."""
+def daemon(dram_bytes: int, spare_bytes: int = 0, *options: str, module: str = "tiermem") -> Iterator[Daemon]:
+    """A daemon that ends with the block. `module` runs the command line; `options` are further flags of `serve`."""
     with tempfile.TemporaryDirectory(prefix="tiermem-bench-") as place:
         address = f"unix:{place}/d.sock"
-        command = [sys.executable, "-m", "tiermem", "serve", "--address", address, "--state", f"{place}/state",
-                   "--digests", f"{place}/digests", "--dram", str(dram_bytes), "--spare", str(spare_bytes),
-                   "--log-level", "warning"]  # fmt: skip
-        process = subprocess.Popen(command, cwd=place, env=environment(address), stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", module, "serve", "--address", address, "--state", f"{place}/state",
+                   "--digests", f"{place}/digests", "--tier", f"dram={dram_bytes}", "--spare", str(spare_bytes),
+                   "--log-level", "warning", *options]  # fmt: skip
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(address), stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         try:
             if not process.stdout.readline():

@@ -26,7 +26,8 @@ FILES = (
 def daemon(home: Path) -> Iterator[str]:
     """The address of a daemon that lives as long as the context."""
     address = f"unix:{home}/tm.sock"
-    arguments = ["--address", address, "--state", f"{home}/state", "--digests", f"{home}/digests", "--dram", "2GiB"]
+    arguments = ["--address", address, "--state", f"{home}/state", "--digests", f"{home}/digests",
+                 "--tier", "dram=2GiB"]  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "tiermem", "serve", *arguments], cwd=REPOSITORY)
     try:
         while not (home / "tm.sock").exists():
@@ -45,7 +46,7 @@ def conform(tests: Path, home: Path, address: str) -> int:
         "PYTHONPATH": str(REPOSITORY),
         "TIERMEM_ADDRESS": address,
         "TIERMEM_DIGESTS": f"{home}/digests",
-        "TIERMEM_DRAM": "2GiB",
+        "TIERMEM_TIER": "dram=2GiB",
     }
     options = [
         "-q",

@@ -301,7 +301,7 @@ def test_full_memory_is_an_error_and_no_signal(tmp_path: Path) -> None:
 def test_eight_loaders_compete_for_a_third_of_their_memory(tmp_path: Path) -> None:
     models = [write_weights(tmp_path / f"model{i}", layers=3) for i in range(8)]
     refusals: list[str] = []
-    with Daemon(dram="16MiB") as daemon:
+    with Daemon(tier="dram=16MiB") as daemon:
 
         def read_twice(weights: Weights) -> None:
             served, deadline = 0, time.monotonic() + 30

@@ -27,7 +27,7 @@ class Daemon:
     def __init__(
         self,
         *options: str,
-        dram: str = "64MiB",
+        tier: str = "dram=64MiB",
         backing: str = "auto",
         ordinary: bool = False,
         prefix: Sequence[str] = (),
@@ -42,7 +42,7 @@ class Daemon:
         self.digests = self.directory / "digests"
         self.address = f"unix:{self.socket}"
         self.prefix = prefix
-        self.flags = ["--dram", dram, "--backing", backing, *options]
+        self.flags = ["--tier", tier, "--backing", backing, *options]
         self.child: Child | None = None
         self.ready = ""
         if start:

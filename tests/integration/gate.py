@@ -87,5 +87,5 @@ def used(pool: EmbeddedPool) -> int:
 
 def in_tmpfs(pool: EmbeddedPool) -> int:
     """Bytes that the pool's file system really holds."""
-    facts = os.fstatvfs(pool._pool.dram.backing._dirfd)
+    facts = os.fstatvfs(pool._pool.memory.backing._dirfd)
     return (facts.f_blocks - facts.f_bfree) * facts.f_frsize

@@ -26,7 +26,7 @@ needs_demo = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
-    running = Daemon(dram="64MiB")
+    running = Daemon(tier="dram=64MiB")
     yield running
     running.close()
 
@@ -113,7 +113,7 @@ def test_errors_of_the_pool_end_the_command_with_their_codes(
     assert cli.main(["unload", "nothing"]) == 4
     big = checkpoint("big", layers=5, kib=16 << 10)
     assert cli.main(["load", str(big.path)]) == 5
-    assert "raise --dram" in capsys.readouterr().err
+    assert "raise --tier" in capsys.readouterr().err
     with model.files[0].open("r+b") as file:
         file.truncate(model.files[0].stat().st_size - 1)
     assert cli.main(["load", str(model.path)]) == 6

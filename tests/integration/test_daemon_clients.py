@@ -23,7 +23,7 @@ from tiermem.types import PAGE_BYTES
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
-    with Daemon(dram="16MiB") as daemon:
+    with Daemon(tier="dram=16MiB") as daemon:
         yield daemon
         assert daemon.leases() == 0
 
@@ -283,7 +283,7 @@ def test_leased_model_is_neither_evicted_nor_removed(daemon: Daemon, weights: We
 
 def test_models_have_more_segments_than_files_may_be_open(tmp_path: Path) -> None:
     weights = write_weights(tmp_path / "many", layers=70, layer_bytes=4096)
-    with Daemon(dram="160MiB", prefix=("prlimit", "--nofile=64:4096")) as daemon:
+    with Daemon(tier="dram=160MiB", prefix=("prlimit", "--nofile=64:4096")) as daemon:
         assert daemon.serves(weights)
 
 

@@ -29,7 +29,7 @@ def weights(tmp_path: Path) -> Weights:
 
 @pytest.fixture
 def daemon() -> Iterator[Daemon]:
-    with Daemon(GRACE, dram="16MiB") as daemon:
+    with Daemon(GRACE, tier="dram=16MiB") as daemon:
         yield daemon
 
 
@@ -179,7 +179,7 @@ def test_segment_of_another_size_is_read_again(daemon: Daemon, weights: Weights,
 def test_model_adopted_in_part_is_opened_while_it_is_checked(tmp_path: Path) -> None:
     """Large enough for the check to be under way when the open comes."""
     weights = write_weights(tmp_path / "large", layers=4, layer_bytes=48 << 20)
-    with Daemon("--read-threads", "1", dram="256MiB") as daemon:
+    with Daemon("--read-threads", "1", tier="dram=256MiB") as daemon:
         load(daemon, weights)
         daemon.kill9()
         segment_files(daemon)[3].unlink()
@@ -257,14 +257,16 @@ def test_damaged_catalog_file_costs_its_model_only(daemon: Daemon, weights: Weig
 def test_smaller_daemon_adopts_what_fits(daemon: Daemon, weights: Weights, tmp_path: Path) -> None:
     others = write_weights(tmp_path / "others", layers=4)
     load(daemon, weights, others)
-    daemon.restart("--dram=8MiB", "--grace=0s")
+    daemon.flags[:2] = ["--tier", "dram=8MiB"]
+    daemon.restart("--grace=0s")
     status = daemon.status()
     assert status["tiers"][0]["capacity_bytes"] == 4 * PAGE_BYTES
     assert 0 < status["tiers"][0]["used_bytes"] <= 4 * PAGE_BYTES
     assert len(segment_files(daemon)) == status["tiers"][0]["used_bytes"] // PAGE_BYTES
     assert daemon.serves(weights)
     assert daemon.serves(others)
-    daemon.restart("--dram=64MiB", "--grace=0s")
+    daemon.flags[:2] = ["--tier", "dram=64MiB"]
+    daemon.restart("--grace=0s")
     assert daemon.serves(weights)
     assert daemon.serves(others)
     assert daemon.status()["tiers"][0]["used_bytes"] == 7 * PAGE_BYTES

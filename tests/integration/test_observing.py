@@ -44,7 +44,7 @@ def port() -> int:
 
 @pytest.fixture(scope="module")
 def daemon(port: int) -> Iterator[Daemon]:
-    with Daemon(*EAGER, "--metrics-port", str(port), dram="128MiB") as daemon:
+    with Daemon(*EAGER, "--metrics-port", str(port), tier="dram=128MiB") as daemon:
         yield daemon
         assert "Traceback" not in daemon.log
 
@@ -192,7 +192,7 @@ def test_where_nobody_shall_look_agents_sleep(tmp_path: Path, sampler: str) -> N
 def test_the_next_daemon_learns_where_models_are_mapped_and_samples_on(tmp_path: Path) -> None:
     weights = write_weights(tmp_path / "model", layers=LAYERS)
     with ExitStack() as stack:
-        daemon = stack.enter_context(Daemon(*EAGER, dram="64MiB"))
+        daemon = stack.enter_context(Daemon(*EAGER, tier="dram=64MiB"))
         shared = stack.enter_context(reader(weights.path, daemon.address, 4))
         private = stack.enter_context(reader(weights.path, daemon.address, 4, writable=True))
         with daemon.client() as client:
@@ -333,7 +333,7 @@ def test_an_embedded_pool_knows_its_own_process(tmp_path: Path) -> None:
 EMBEDDED = """
 from tiermem.config import load_config
 pool = tiermem.Pool(load_config({"state": sys.argv[2], "digests": sys.argv[2] + "/d", "sample_epoch": "20ms",
-                                 "sample_budget": "100%", "sampler": "present", "dram": "64MiB"}))
+                                 "sample_budget": "100%", "sampler": "present", "tier": "dram=64MiB"}))
 model = pool.open(sys.argv[1])
 array = model["model.layers.2.weight"]
 deadline = time.monotonic() + 10

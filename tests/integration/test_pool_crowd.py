@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from tests.conftest import Checkpoint, CheckpointWriter, until
+from tests.conftest import Checkpoint, CheckpointWriter, dram, until
 from tests.integration.conftest import PoolMaker
 from tests.integration.gate import in_tmpfs, used
 from tiermem.embedded import EmbeddedPool
@@ -83,7 +83,7 @@ class Crowd:
 
 def test_a_crowd_that_wants_more_than_fits(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
     models = [checkpoint(f"m{i}", layers=2 + i % 3, kib=32 + 200 * (i % 2), seed=i) for i in range(6)]
-    pool = embedded(dram=9 * PAGE_BYTES, spare="4MiB", read_threads=3)
+    pool = embedded(tier=dram(9 * PAGE_BYTES), spare="4MiB", read_threads=3)
     crowd = Crowd(pool, models, seconds=4)
     crowd.rush([crowd.read] * 5 + [crowd.load] * 2 + [crowd.disturb])
     assert crowd.reads > 100
@@ -101,7 +101,7 @@ def test_loads_that_fail_at_random_leave_nothing_wrong(
 ) -> None:
     """Every fifth read fails: whoever gets bytes gets right ones, and the books balance."""
     models = [checkpoint(f"m{i}", layers=3, seed=i) for i in range(4)]
-    pool = embedded(dram=8 * PAGE_BYTES, read_threads=3)
+    pool = embedded(tier=dram(8 * PAGE_BYTES), read_threads=3)
     read, chance, lock = FileSource.read, random.Random(7), threading.Lock()
 
     def flaky(source: FileSource, *args: Any) -> None:

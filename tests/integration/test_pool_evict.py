@@ -6,12 +6,11 @@ import gc
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import CheckpointWriter, open_files, until
+from tests.conftest import CheckpointWriter, dram, open_files, until
 from tests.integration.conftest import PoolMaker
 from tests.integration.gate import in_tmpfs, model_status, used
 from tiermem.embedded import EmbeddedPool
@@ -40,7 +39,7 @@ def test_an_evicted_model_stays_known_and_comes_back(embedded: PoolMaker, checkp
 
 def test_only_what_is_missing_is_read_again(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
     first, second = checkpoint("first", layers=4), checkpoint("second", layers=2, seed=1)
-    pool = embedded(dram=5 * PAGE_BYTES)
+    pool = embedded(tier=dram(5 * PAGE_BYTES))
     pool.load(first.path)
     pool.load(second.path)
     assert resident(pool) == {"first": 3, "second": 2}, "one layer had to go for the second model, and no more"
@@ -57,7 +56,7 @@ def test_only_what_is_missing_is_read_again(embedded: PoolMaker, checkpoint: Che
 
 def test_the_model_that_was_used_longest_ago_goes_first(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
     paths = [checkpoint(name, layers=2, seed=i).path for i, name in enumerate("abc")]
-    pool = embedded(dram=4 * PAGE_BYTES)
+    pool = embedded(tier=dram(4 * PAGE_BYTES))
     for path in paths[:2]:
         pool.open(path).close()
         time.sleep(0.002)
@@ -69,7 +68,7 @@ def test_the_model_that_was_used_longest_ago_goes_first(embedded: PoolMaker, che
 
 def test_leased_and_pinned_models_are_never_evicted(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
     leased, pinned, third = (checkpoint(name, layers=2, seed=i) for i, name in enumerate(("leased", "pinned", "third")))
-    pool = embedded(dram=4 * PAGE_BYTES)
+    pool = embedded(tier=dram(4 * PAGE_BYTES))
     pool.load(pinned.path)
     assert pool.pin("pinned") == 1
     assert pool.pin("pinned") == 2
@@ -79,7 +78,7 @@ def test_leased_and_pinned_models_are_never_evicted(embedded: PoolMaker, checkpo
             with pytest.raises(
                 CapacityError,
                 match=r"third needs 4\.0 MiB of tier 'dram', which has 0 B free of 8\.0 MiB, and the rest is leased, "
-                r"pinned or held by the policy; unload a model or raise --dram",
+                r"pinned or held by the policy; unload a model or raise --tier",
             ):
                 pool.open(third.path)
         assert leased.same(model)
@@ -102,7 +101,7 @@ def test_a_model_that_cannot_fit_is_refused_with_numbers_and_costs_nobody_a_page
     idle, leased, large, huge = (
         checkpoint(name, layers=layers) for name, layers in (("idle", 2), ("leased", 2), ("large", 3), ("huge", 5))
     )
-    pool = embedded(dram=4 * PAGE_BYTES)
+    pool = embedded(tier=dram(4 * PAGE_BYTES))
     pool.load(idle.path)
     with pytest.raises(CapacityError, match=r"huge needs 10\.0 MiB of tier 'dram', which has 4\.0 MiB free of 8\.0"):
         pool.load(huge.path)
@@ -119,7 +118,7 @@ def test_a_model_that_cannot_fit_is_refused_with_numbers_and_costs_nobody_a_page
 
 def test_a_partly_evicted_model_comes_back_to_many_readers(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
     written, filler = checkpoint("wanted", layers=6), checkpoint("filler", layers=3, seed=5)
-    pool = embedded(dram=6 * PAGE_BYTES, read_threads=3)
+    pool = embedded(tier=dram(6 * PAGE_BYTES), read_threads=3)
     barrier, right = threading.Barrier(6), []
 
     def read() -> None:
@@ -160,7 +159,7 @@ def test_memory_that_closed_models_still_map_is_a_lack_and_no_crash(
 ) -> None:
     """The tier has the room, the host has it only when the last array goes."""
     first, second = checkpoint("first", layers=3), checkpoint("second", layers=3, seed=1)
-    pool = embedded(dram=3 * PAGE_BYTES)
+    pool = embedded(tier=dram(3 * PAGE_BYTES))
     with pool.open(first.path) as model:
         array = model["model.layers.0.weight"]
     del model
@@ -179,18 +178,15 @@ def test_memory_that_closed_models_still_map_is_a_lack_and_no_crash(
 
 POLICY = """
 class Mine:
-    def __init__(self):
-        self.calls = 0
-
     def plan(self, view):
-        self.calls += 1
         {body}
 """
 
 
 @pytest.mark.parametrize(
     ("body", "failure"),
-    [("raise KeyError('heat')", "KeyError: 'heat'"), ("return None", "TypeError"), ("return [1]", "TypeError"),
+    [("raise KeyError('heat')", "KeyError: 'heat'"), ("return None", "must return a list of moves, not NoneType"),
+     ("return [1]", "it is no tiermem.policy.Move"),
      ("view.pages.tier[:] = 0", "ValueError: assignment destination is read-only")],
 )  # fmt: skip
 def test_a_policy_that_fails_is_reported_and_nothing_moves_any_more(
@@ -198,15 +194,15 @@ def test_a_policy_that_fails_is_reported_and_nothing_moves_any_more(
 ) -> None:
     (tmp_path / "mine.py").write_text(POLICY.format(body=body))
     first, second = checkpoint("first"), checkpoint("second", seed=1)
-    pool = embedded(dram=2 * PAGE_BYTES, policy=str(tmp_path / "mine.py"))
-    policy: Any = pool._pool.eviction.migrator.policy
+    pool = embedded(tier=dram(2 * PAGE_BYTES), policy=str(tmp_path / "mine.py"))
     pool.load(first.path)
-    assert pool.status()["pool"]["policy_failure"] == ""
+    assert pool.status()["migration"]["policy_failure"] == ""
     for _ in range(2):
         with pytest.raises(CapacityError, match="held by the policy"):
             pool.open(second.path)
-        assert failure in pool.status()["pool"]["policy_failure"]
-    assert policy.calls == 1
+        migration = pool.status()["migration"]
+        assert failure in migration["policy_failure"]
+        assert (migration["plans"], migration["failures"]) == (1, 1)
     assert resident(pool) == {"first": 2}
     assert pool.status()["pool"]["leases"] == 0
     assert pool.evict("first") == 2 * PAGE_BYTES, "what a user asks for needs no policy"
@@ -217,21 +213,25 @@ def test_a_policy_cannot_evict_what_is_leased(
     embedded: PoolMaker, checkpoint: CheckpointWriter, tmp_path: Path
 ) -> None:
     everything = "from tiermem.policy import Move\n" + POLICY.format(
-        body="return [Move(row, 1, 0, 1, 'all of it') for row in range(len(view.pages))]"
+        body="return [Move(row, 1, 0, 1, 'all of it') for row in range(len(view.pages) - 1, -1, -1)]"
     )
     (tmp_path / "mine.py").write_text(everything)
     leased, idle, third = (checkpoint(name, seed=i) for i, name in enumerate(("leased", "idle", "third")))
-    pool = embedded(dram=4 * PAGE_BYTES, policy=str(tmp_path / "mine.py"))
+    pool = embedded(tier=dram(4 * PAGE_BYTES), policy=str(tmp_path / "mine.py"))
     with pool.open(leased.path) as model:
         pool.load(idle.path)
-        pool.load(third.path)
-        assert resident(pool) == {"leased": 2, "idle": 0, "third": 2}
+        with pytest.raises(CapacityError, match="held by the policy"):
+            pool.load(third.path)
+        assert resident(pool) == {"leased": 2, "idle": 2}, "nothing is done of a plan that cannot be"
         assert leased.same(model)
-    assert sum(pool._pool.eviction.migrator.refused.values()) == 2
+    assert "its model is leased" in pool.status()["migration"]["policy_failure"]
+    assert pool.set_policy("lru") == ()
+    assert pool.load(third.path) == "third"
+    assert pool.status()["migration"]["policy_failure"] == ""
 
 
 def test_hold_keeps_what_is_there(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
-    pool = embedded(dram=2 * PAGE_BYTES, policy="hold")
+    pool = embedded(tier=dram(2 * PAGE_BYTES), policy="hold")
     pool.load(checkpoint("first").path)
     with pytest.raises(CapacityError):
         pool.load(checkpoint("second", seed=1).path)
@@ -254,7 +254,7 @@ def test_spare_memory_fills_is_used_and_never_exceeds_the_tier(
 ) -> None:
     capacity = 40 * MIB
     models = [checkpoint(f"m{i}", layers=6, seed=i) for i in range(4)]
-    pool = embedded(dram=capacity, spare="32MiB")
+    pool = embedded(tier=dram(capacity), spare="32MiB")
     assert pool.status()["pool"]["backing"] == "tmpfs"
     until(lambda: pool.status()["spare"]["ready_bytes"] == 32 * MIB)
     until(lambda: pool.status()["spare"]["prefault_s"] > 0)
@@ -287,7 +287,7 @@ def test_a_load_gets_its_memory_although_the_stock_had_filled_the_tier(
     embedded: PoolMaker, checkpoint: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of filling that was decided before the load began, and was carried out after it took from the stock."""
-    written, pool = checkpoint(layers=8), embedded(dram="16MiB", spare="16MiB", read_threads=1)
+    written, pool = checkpoint(layers=8), embedded(tier="dram=16MiB", spare="16MiB", read_threads=1)
     until(lambda: pool.status()["spare"]["ready_bytes"] == 16 * MIB)
     stock = pool._pool.spare.stock
     take, calls = stock.take, []

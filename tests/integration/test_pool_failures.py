@@ -97,7 +97,7 @@ def test_a_reload_that_fails_leaves_the_rest_of_the_model_and_no_bad_bytes(
     pool.load(written.path)
     gate = Gate(monkeypatch)
     with pool._pool.lock:
-        pool._pool.dram.drop(pool._pool.catalog.named("model"), 1)
+        pool._pool.memory.drop(pool._pool.catalog.named("model"), 1)
     damage(written.files[0], 3)
     model = pool.open("model")
     gate.open()

@@ -18,7 +18,7 @@ def test_readers_who_write_get_a_copy_of_reserved_pages(
     checkpoint: CheckpointWriter, embedded: PoolMaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     written = checkpoint(layers=2)
-    pool = embedded(backing="hugetlb", dram="16MiB")
+    pool = embedded(backing="hugetlb", tier="dram=16MiB")
     assert pool.status()["pool"]["backing"] == "hugetlb"
     name, expected = next(iter(written.tensors.items()))
     with pool.open(written.path) as shared, caplog.at_level(logging.WARNING):

@@ -210,7 +210,7 @@ def test_a_transient_pool_gives_the_memory_back_with_the_last_reader(
 @pytest.mark.root
 def test_a_transient_pool_gives_memory_back_to_the_host(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
     written, pool = checkpoint(), embedded(transient=True)
-    dirfd = pool._pool.dram.backing._dirfd
+    dirfd = pool._pool.memory.backing._dirfd
 
     def held() -> int:
         facts = os.fstatvfs(dirfd)
@@ -328,7 +328,7 @@ print(len(model), total)
 def test_open_needs_no_pool_and_a_program_may_end_with_it(checkpoint: CheckpointWriter, tmp_path: Path) -> None:
     written = checkpoint()
     environ = os.environ | {
-        "TIERMEM_DIGESTS": str(tmp_path / "digests"), "TIERMEM_DRAM": "64MiB", "XDG_RUNTIME_DIR": str(tmp_path),
+        "TIERMEM_DIGESTS": str(tmp_path / "digests"), "TIERMEM_TIER": "dram=64MiB", "XDG_RUNTIME_DIR": str(tmp_path),
         "PYTHONPATH": str(Path(tiermem.__file__).parents[1]),
     }  # fmt: skip
     command = [sys.executable, "-c", SCRIPT, str(written.path)]

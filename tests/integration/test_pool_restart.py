@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.conftest import CheckpointWriter, ConfigMaker
+from tests.conftest import CheckpointWriter, ConfigMaker, dram
 from tiermem.errors import CapacityError, DigestMismatch
 from tiermem.lease import Session
 from tiermem.pool import Pool
@@ -65,7 +65,7 @@ def test_what_was_not_kept_is_read_again(start: PoolStarter, checkpoint: Checkpo
     first = start()
     loaded(first, written.path)
     with first.lock:
-        first.eviction.evict((first.catalog.named("llama"), 2), "test")
+        first.memory.drop(first.catalog.named("llama"), 2)
     first.close()
     second = start()
     loaded(second, written.path)
@@ -79,7 +79,7 @@ def test_a_damaged_segment_is_never_served(start: PoolStarter, checkpoint: Check
     written = checkpoint("llama")
     first = start()
     loaded(first, written.path)
-    backing = first.dram.backing
+    backing = first.memory.backing
     assert backing.directory is not None
     home, keys = backing.directory, backing.keys()
     first.close()
@@ -97,7 +97,7 @@ def test_a_damaged_segment_is_never_served(start: PoolStarter, checkpoint: Check
     record = second.catalog.named("llama")
     lease = second.open(Session(1, 0), name="llama").lease
     for tensor in record.manifest.tensors:
-        with second.dram._segments[record.keys[tensor.extent.segment] or ""].buffer() as memory:
+        with second.memory._segments[record.keys[tensor.extent.segment] or ""].buffer() as memory:
             held = memory[tensor.extent.offset : tensor.extent.offset + tensor.nbytes]
             assert bytes(held) == written.tensors[tensor.name].tobytes()
     second.release(lease)
@@ -107,7 +107,7 @@ def test_a_client_that_held_a_damaged_segment_is_told(start: PoolStarter, checkp
     written = checkpoint("llama")
     first = start()
     loaded(first, written.path)
-    backing, model_id = first.dram.backing, first.catalog.named("llama").id
+    backing, model_id = first.memory.backing, first.catalog.named("llama").id
     assert backing.directory is not None
     path = backing.directory / backing.keys()[0]
     first.close()
@@ -127,12 +127,12 @@ def test_segments_that_no_catalog_names_are_removed(start: PoolStarter, checkpoi
     first = start()
     loaded(first, written.path)
     assert first.files is not None
-    first.dram.backing.create("half-a-load", PAGE_BYTES).close()
-    kept = first.dram.backing.keys()
+    first.memory.backing.create("half-a-load", PAGE_BYTES).close()
+    kept = first.memory.backing.keys()
     first.close()
     second = start()
     settled(second)
-    assert second.dram.backing.keys() == [key for key in kept if key != "half-a-load"]
+    assert second.memory.backing.keys() == [key for key in kept if key != "half-a-load"]
 
 
 def test_a_torn_catalog_file_costs_its_model_and_no_other(start: PoolStarter, checkpoint: CheckpointWriter) -> None:
@@ -147,7 +147,7 @@ def test_a_torn_catalog_file_costs_its_model_and_no_other(start: PoolStarter, ch
     settled(second)
     assert [entry["name"] for entry in status_of(second)["models"]] == ["two"]
     assert status_of(second)["tiers"][0]["used_bytes"] == 2 * PAGE_BYTES
-    assert len(second.dram.backing.keys()) == 2
+    assert len(second.memory.backing.keys()) == 2
     loaded(second, one.path)
 
 
@@ -156,7 +156,7 @@ def test_a_smaller_pool_adopts_what_fits(start: PoolStarter, checkpoint: Checkpo
     first = start()
     loaded(first, written.path)
     first.close()
-    second = start(dram=3 * PAGE_BYTES)
+    second = start(tier=dram(3 * PAGE_BYTES))
     settled(second)
     second.check()
     assert status_of(second)["tiers"][0]["used_bytes"] <= 3 * PAGE_BYTES
@@ -164,15 +164,15 @@ def test_a_smaller_pool_adopts_what_fits(start: PoolStarter, checkpoint: Checkpo
 
 def test_nothing_is_evicted_before_the_grace_time_has_passed(start: PoolStarter, checkpoint: CheckpointWriter) -> None:
     one, two = checkpoint("one"), checkpoint("two", seed=1)
-    first = start(dram=2 * PAGE_BYTES)
+    first = start(tier=dram(2 * PAGE_BYTES))
     loaded(first, one.path)
     first.close()
-    second = start(dram=2 * PAGE_BYTES, grace="1h")
+    second = start(tier=dram(2 * PAGE_BYTES), grace="1h")
     settled(second)
     with pytest.raises(CapacityError, match=r"nothing is evicted for another .* s after a restart"):
         second.load(str(two.path))
     second.close()
-    third = start(dram=2 * PAGE_BYTES)
+    third = start(tier=dram(2 * PAGE_BYTES))
     settled(third)
     loaded(third, two.path)
     assert [(entry["name"], entry["state"]) for entry in status_of(third)["models"]] == [
@@ -183,7 +183,7 @@ def test_nothing_is_evicted_before_the_grace_time_has_passed(start: PoolStarter,
 def test_a_pool_that_keeps_nothing_leaves_nothing(start: PoolStarter, checkpoint: CheckpointWriter) -> None:
     pool = start(keep=False)
     loaded(pool, checkpoint("llama").path)
-    directory, files = pool.dram.backing.directory, pool.files
+    directory, files = pool.memory.backing.directory, pool.files
     assert directory is not None
     assert files is not None
     pool.close()

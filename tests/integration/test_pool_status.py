@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import CheckpointWriter
+from tests.conftest import CAP_SYS_NICE, CheckpointWriter, dram, has_capability
 from tests.integration.conftest import PoolMaker
 from tiermem import _native
 from tiermem.source.file import FileSource
 from tiermem.types import PAGE_BYTES
 
 KIB, MIB = 1 << 10, 1 << 20
+UNMEASURED: dict[str, Any] = {
+    "nodes": [], "online": True, "used_bytes": 0, "capacity_bytes": None, "idle_latency_s": None, "latency_s": None,
+    "bandwidth_bytes_s": None,
+}  # fmt: skip
 
 
 def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
     began_s = time.time()
-    pool = embedded(dram="20MiB", backing="memfd", staging="4MiB", read_threads=2)
+    pool = embedded(tier="dram=20MiB", backing="memfd", staging="4MiB", read_threads=2)
     written = checkpoint("llama", layers=3, kib=64)
     cold = pool.status()
     assert cold["models"] == []
@@ -29,7 +33,7 @@ def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: Checkpoint
     pool.pin("llama")
     model = pool.open("llama")
     status = pool.status()
-    assert set(status) == {"pool", "sampling", "tiers", "spare", "staging_bytes", "models"}
+    assert set(status) == {"pool", "migration", "sampling", "tiers", "spare", "staging_bytes", "models"}
     assert status["sampling"]["rung"] == "present"
     assert status["sampling"]["clients"] == [{"pid": os.getpid(), "leases": 1, "refused": "", "untrackable_pages": 0}]
     assert status["sampling"]["rungs"]["declared"]["pages"] == 3
@@ -39,13 +43,20 @@ def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: Checkpoint
     assert len(head.pop("id")) == 16
     assert head == {
         "pid": os.getpid(), "version": _native.version(), "backing": "memfd",
-        "backing_reason": "anonymous memory on 4 KiB OS pages, lost with the daemon", "policy": "lru",
-        "policy_failure": "", "catalog_error": "", "quarantined_loads": 0, "evicted_bytes": 0, "leases": 1,
+        "backing_reason": "anonymous memory on 4 KiB OS pages, lost with the daemon", 
+        "catalog_error": "", "quarantined_loads": 0, "evicted_bytes": 0, "leases": 1,
     }  # fmt: skip
     assert status["tiers"] == [
-        {"name": "dram", "capacity_bytes": 20 * MIB, "used_bytes": 3 * PAGE_BYTES},
-        {"name": "disk", "capacity_bytes": None, "used_bytes": 0},
+        UNMEASURED | {"name": "dram", "kind": "dram", "capacity_bytes": 20 * MIB, "used_bytes": 3 * PAGE_BYTES},
+        UNMEASURED | {"name": "disk", "kind": "disk", "capacity_bytes": None, "used_bytes": 0},
     ]
+    migration = status["migration"]
+    assert migration.pop("policy_cpu_s") >= 0
+    assert migration == {
+        "policy": "lru", "policy_failure": "", "policy_warnings": [], "period_s": 1.0, "plans": 0, "failures": 0,
+        "control_cpu_s": 0.0, "ticks": 0, "quota_bytes_s": 1 << 30, "moved_bytes": 0, "moved_pages": {}, "refused": {},
+        "moves_shared": has_capability(CAP_SYS_NICE),
+    }  # fmt: skip
     assert status["spare"] == {"target_bytes": 0, "ready_bytes": 0, "prefault_s": 0.0}
     assert status["staging_bytes"] == 4 * MIB
 
@@ -117,7 +128,7 @@ def test_what_a_load_cost_is_known_as_soon_as_it_is_done(embedded: PoolMaker, ch
 
 def test_counts_of_leases_opens_and_evictions(embedded: PoolMaker, checkpoint: CheckpointWriter) -> None:
     first, second = checkpoint("first"), checkpoint("second", seed=1)
-    pool = embedded(dram=2 * PAGE_BYTES)
+    pool = embedded(tier=dram(2 * PAGE_BYTES))
     models = [pool.open(first.path) for _ in range(3)]
     status = pool.status()
     assert status["pool"]["leases"] == 3

@@ -51,7 +51,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a daemon process."""
     home = tmp_path_factory.mktemp("daemon")
     address = f"unix:{home}/tm.sock"
-    arguments = ["--address", address, "--state", f"{home}/state", "--digests", f"{home}/digests", "--dram", "1GiB"]
+    arguments = ["--address", address, "--state", f"{home}/state", "--digests", f"{home}/digests",
+                 "--tier", "dram=1GiB"]  # fmt: skip
     process = subprocess.Popen([sys.executable, "-m", "tiermem", "serve", *arguments], cwd=REPOSITORY)
     try:
         while not (home / "tm.sock").exists():
@@ -67,7 +68,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def pool(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """What this process's readers open their files through: a pool of its own, or the daemon."""
     monkeypatch.setenv("TIERMEM_DIGESTS", str(tmp_path / "digests"))
-    monkeypatch.setenv("TIERMEM_DRAM", "256MiB")
+    monkeypatch.setenv("TIERMEM_TIER", "dram=256MiB")
     with ExitStack() as stack:
         if request.param == "daemon":
             monkeypatch.setenv("TIERMEM_ADDRESS", request.getfixturevalue("daemon"))

@@ -41,7 +41,7 @@ sys.exit(int(sys.argv[3]))
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
-    with Daemon(*EAGER, dram="64MiB") as daemon:
+    with Daemon(*EAGER, tier="dram=64MiB") as daemon:
         yield daemon
         assert "Traceback" not in daemon.log
 

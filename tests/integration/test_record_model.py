@@ -32,7 +32,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recording, dict[
     model = Path(package.origin).parent / "model"
     path = tmp_path_factory.mktemp("recorded") / "run.tm"
     script = Path(__file__).with_name("infer.py")
-    with Daemon(dram="256MiB") as daemon:
+    with Daemon(tier="dram=256MiB") as daemon:
         command = [sys.executable, "-m", "tiermem", "record", "-o", str(path), "--address", daemon.address,
                    "--epoch", "50ms", "--budget", "50%", "--",
                    sys.executable, str(script), str(model), str(PASSES), str(PAUSE_S)]  # fmt: skip

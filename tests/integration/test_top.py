@@ -22,7 +22,7 @@ LAYERS = 4
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
     options = ("--sampler", "present", "--sample-epoch", "20ms", "--sample-budget", "100%")
-    with Daemon(*options, dram="64MiB") as daemon:
+    with Daemon(*options, tier="dram=64MiB") as daemon:
         yield daemon
 
 

@@ -18,7 +18,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedPo
     """The pool that readers of this process use, all to this test; it keeps models without readers."""
     monkeypatch.setenv("TIERMEM_ADDRESS", f"unix:{tmp_path}/none.sock")
     monkeypatch.setenv("TIERMEM_DIGESTS", str(tmp_path / "digests"))
-    monkeypatch.setenv("TIERMEM_DRAM", "256MiB")
+    monkeypatch.setenv("TIERMEM_TIER", "dram=256MiB")
     with EmbeddedPool(load_config()) as pool:
         monkeypatch.setattr(opening, "_own", pool)
         monkeypatch.setattr(opening, "_own_pid", os.getpid())

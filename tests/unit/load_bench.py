@@ -7,6 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from tiermem import _native
 from tiermem.catalog import ModelRecord
 from tiermem.checkpoint.layout import RawTensor, lay_out
@@ -79,6 +81,8 @@ class Bench:
         self.segments = {
             i: _native.Segment.create(-1, f"{i}", segment.page_bytes) for i, segment in enumerate(manifest.segments)
         }
+        for i, segment in enumerate(manifest.segments):
+            self.record.begin(i, f"{i}", np.zeros(segment.pages, np.int8))
         tasks = plan_reads(manifest, self.segments, block)
         if is_check:
             tasks = plan_checks(self.record, self.segments)

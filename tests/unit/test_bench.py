@@ -35,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pool of this process, with nothing of the machine's."""
     for name, value in {"ADDRESS": f"unix:{tmp_path}/none.sock", "STATE": f"{tmp_path}/state",
-                        "DIGESTS": f"{tmp_path}/digests", "DRAM": "256MiB"}.items():  # fmt: skip
+                        "DIGESTS": f"{tmp_path}/digests", "TIER": "dram=256MiB"}.items():  # fmt: skip
         monkeypatch.setenv(f"TIERMEM_{name}", value)
 
 

@@ -18,8 +18,10 @@ from tiermem.catalog import Catalog, ModelRecord
 from tiermem.catalog_files import CatalogFiles
 from tiermem.checkpoint.layout import identity_of
 from tiermem.errors import ModelNotFound, Refused
-from tiermem.tier import DISK, DRAM
 from tiermem.types import LOADING, PAGE_BYTES, CheckpointFile, Extent, Manifest, SegmentInfo, TensorInfo
+
+DRAM, CXL, DISK = 0, 1, 2
+"""Tiers of the pools of these tests."""
 
 
 def manifest_of(files: Sequence[int], pages: Sequence[int] = (1,)) -> Manifest:
@@ -38,7 +40,13 @@ def manifest_of(files: Sequence[int], pages: Sequence[int] = (1,)) -> Manifest:
 
 def record_of(name: str, files: Sequence[int] = (0,), pages: Sequence[int] = (1,)) -> ModelRecord:
     manifest = manifest_of(files, pages)
-    return ModelRecord(name, manifest, [None] * len(manifest.tensors))
+    return ModelRecord(name, manifest, [None] * len(manifest.tensors), DISK)
+
+
+def begin(record: ModelRecord, segment: int, key: str | None = None, tiers: Sequence[int] = (DRAM,)) -> None:
+    """A file for a segment, with pages of these tiers in turn."""
+    placed = np.resize(np.array(tiers, np.int8), record.manifest.segments[segment].pages)
+    record.begin(segment, record.new_key(segment) if key is None else key, placed)
 
 
 def fill(record: ModelRecord, segment: int) -> None:
@@ -58,6 +66,8 @@ class Catalogs(RuleBasedStateMachine):
         self.catalog = Catalog()
         self.models: list[ModelRecord] = []
         self.states: dict[tuple[str, int], int] = {}
+        self.placed: dict[tuple[str, int], list[int]] = {}
+        self.ids: list[range] = []
         self.keys_seen: set[tuple[ModelRecord, str]] = set()
 
     @rule(files=FILES, name=st.sampled_from("abc"), pages=st.lists(st.integers(1, 3), min_size=1, max_size=3))
@@ -74,21 +84,32 @@ class Catalogs(RuleBasedStateMachine):
             assert self.catalog.free_name(name, record.id) == name
         self.catalog.add(record)
         self.models.append(record)
+        self.ids.append(range(record.first_id, record.first_id + sum(pages)))
         self.states |= {(record.id, i): DISK for i in range(len(pages))}
 
     def pick(self, number: int, states: set[int]) -> tuple[ModelRecord, int] | None:
         places = [(m, i) for m in self.models for i in range(len(m.keys)) if self.states[m.id, i] in states]
         return places[number % len(places)] if places else None
 
-    @rule(number=st.integers(0, 99))
-    def begin(self, number: int) -> None:
+    @rule(number=st.integers(0, 99), tiers=st.lists(st.sampled_from([DRAM, CXL]), min_size=3, max_size=3))
+    def begin(self, number: int, tiers: list[int]) -> None:
         if place := self.pick(number, {DISK}):
             record, segment = place
             key = record.new_key(segment)
             assert (record, key) not in self.keys_seen, "a file name is used once"
             self.keys_seen.add((record, key))
-            record.begin(segment, key)
+            begin(record, segment, key, tiers)
+            self.placed[record.id, segment] = tiers[: record.manifest.segments[segment].pages]
             self.states[record.id, segment] = LOADING
+
+    @rule(number=st.integers(0, 99), page=st.integers(0, 2), tier=st.sampled_from([DRAM, CXL]))
+    def move(self, number: int, page: int, tier: int) -> None:
+        if place := self.pick(number, {LOADING, DRAM}):
+            record, segment = place
+            placed = self.placed[record.id, segment]
+            page %= len(placed)
+            placed[page] = tier
+            record.place(np.array([record.first_page[segment] + page]), tier)
 
     @rule(number=st.integers(0, 99))
     def complete(self, number: int) -> None:
@@ -137,13 +158,19 @@ class Catalogs(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         self.catalog.check()
+        numbers = [number for pages in self.ids for number in pages]
+        assert len(numbers) == len(set(numbers)), "an id is given once"
         assert list(self.catalog) == self.models
         assert len(self.catalog) == len(self.models)
         for record in self.models:
             assert self.catalog.named(record.name) is record
             assert self.catalog.by_id(record.id) is record
             states = [self.states[record.id, i] for i in range(len(record.keys))]
-            assert [int(record.residency[record.first_page[i]]) for i in range(len(states))] == states
+            for i, state in enumerate(states):
+                pages = record.manifest.segments[i].pages
+                placed = [DISK] * pages if state == DISK else self.placed[record.id, i]
+                assert record.placed[record.pages(i)].tolist() == placed
+                assert record.residency[record.pages(i)].tolist() == ([LOADING] * pages if state == LOADING else placed)
             assert record.missing() == [i for i, state in enumerate(states) if state == DISK]
             assert [record.resident(i) for i in range(len(states))] == [state == DRAM for state in states]
             held = [s.page_bytes for s, state in zip(record.manifest.segments, states, strict=True) if state != DISK]
@@ -195,6 +222,8 @@ def test_an_unknown_name_lists_what_there_is() -> None:
     [
         (lambda record: record.residency.__setitem__(0, DISK), "residency"),
         (lambda record: record.residency.fill(7), "residency"),
+        (lambda record: record.placed.__setitem__(0, CXL), "counted in"),
+        (lambda record: record.place(np.array([0]), DISK), "in memory and on disk at once"),
         (lambda record: record.ready.__setitem__(0, False), "not ready"),
         (lambda record: record.keys.__setitem__(0, None), "with key None"),
     ],
@@ -202,7 +231,7 @@ def test_an_unknown_name_lists_what_there_is() -> None:
 def test_check_finds_damage(damage: object, words: str) -> None:
     catalog, record = Catalog(), record_of("a", pages=[2])
     catalog.add(record)
-    record.begin(0, "key")
+    begin(record, 0)
     fill(record, 0)
     catalog.check()
     damage(record)  # type: ignore[operator]
@@ -214,7 +243,7 @@ def test_check_finds_a_file_that_two_segments_share() -> None:
     catalog, record = Catalog(), record_of("a", pages=[1, 1])
     catalog.add(record)
     for segment in (0, 1):
-        record.begin(segment, "key")
+        begin(record, segment, "key")
     with pytest.raises(AssertionError, match="share a file"):
         catalog.check()
 
@@ -224,7 +253,7 @@ def test_check_finds_a_file_that_two_segments_share() -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> CatalogFiles:
-    return CatalogFiles(tmp_path / "catalog")
+    return CatalogFiles(tmp_path / "catalog", DISK)
 
 
 @pytest.fixture
@@ -232,16 +261,16 @@ def record() -> ModelRecord:
     """A model of three segments: the first resident, the second on its way, the third on disk."""
     record = record_of("model", [1, 2], pages=[1, 2, 1])
     record.digests = [bytes([i]) * 32 for i in range(4)]
-    record.begin(0, record.new_key(0))
+    begin(record, 0)
     fill(record, 0)
-    record.begin(1, record.new_key(1))
+    begin(record, 1)
     record.pins, record.opens, record.last_open_s = 2, 7, 12.5
     return record
 
 
 def test_a_model_comes_back_with_what_was_resident(files: CatalogFiles, record: ModelRecord) -> None:
     files.sync(record.id, lambda: record)
-    ((again, keys),) = CatalogFiles(files.directory)
+    ((again, keys),) = CatalogFiles(files.directory, DISK)
     assert again.manifest == record.manifest
     assert again.digests == record.digests
     assert keys == [record.keys[0], None, None], "a segment that is still being filled cannot be adopted"

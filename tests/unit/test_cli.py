@@ -145,13 +145,13 @@ def test_rows_of_the_option_table_become_flags() -> None:
 
 
 def test_doctor_prints_one_json_object(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["doctor", "--json", "--dram", "64MiB", "--backing", "memfd"]) == 0
+    assert cli.main(["doctor", "--json", "--tier", "dram=64MiB", "--backing", "memfd"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert list(report) == ["schema", "version", "host", "results"]
     assert report["schema"] == "tiermem.doctor/1"
     results = report["results"]
-    assert list(results) == ["facts", "storage", "dram_bytes", "backing", "daemon", "sampling"]
-    assert results["dram_bytes"] == 64 << 20
+    assert list(results) == ["facts", "storage", "tiers", "tiers_error", "backing", "daemon", "sampling"]
+    assert (results["tiers"], results["tiers_error"]) == (["dram=64MiB", "disk"], "")
     assert results["backing"]["kind"] == "memfd"
     assert set(results["facts"]["rdma"]) == {"available", "reason"}
     assert results["daemon"]["address"] == f"unix:{tmp_path}/tiermem/tiermem.sock"
@@ -175,7 +175,19 @@ def test_doctor_fits_80_columns_and_names_every_capability(capsys: pytest.Captur
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= output.PIPE_COLUMNS
-    for name in ("tmpfs", "hugetlb", "shm", "memfd", "cxl", "rdma", "accelerator", "segments", "daemon", "present"):
+    for name in (
+        "tmpfs",
+        "hugetlb",
+        "shm",
+        "memfd",
+        "cxl",
+        "migration",
+        "rdma",
+        "accelerator",
+        "segments",
+        "daemon",
+        "present",
+    ):
         assert any(line.startswith(name) for line in lines), name
 
 
@@ -184,12 +196,12 @@ def test_doctor_config_tells_values_and_origins(
 ) -> None:
     (tmp_path / "tiermem.toml").write_text('spare = "4MiB"\n')
     monkeypatch.setenv("TIERMEM_GRACE", "250ms")
-    assert cli.main(["doctor", "--config", "--json", "--dram", "3.1GB"]) == 0
+    assert cli.main(["doctor", "--config", "--json", "--tier", "dram=3.1GB"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["schema"] == "tiermem.config/1"
     rows = {row["key"]: (row["value"], row["unit"], row["origin"]) for row in report["results"]}
     assert list(rows) == list(BY_KEY)
-    assert rows["dram"] == (3_100_000_000 >> 21 << 21, "bytes", "--dram")
+    assert rows["tier"] == (f"dram={3_100_000_000 >> 21 << 1}MiB,disk", None, "--tier")
     assert rows["spare"] == (4 << 20, "bytes", "tiermem.toml")
     assert rows["grace"] == (0.25, "seconds", "TIERMEM_GRACE")
     assert rows["keep"] == (False, None, "default")

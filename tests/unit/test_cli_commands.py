@@ -21,15 +21,22 @@ MODEL = {
 }  # fmt: skip
 POOL = {
     "id": "0123456789abcdef", "pid": 4711, "version": "0.1.0", "uptime_s": 61.0, "backing": "tmpfs",
-    "backing_reason": "a tmpfs of our own", "policy": "lru", "policy_failure": "", "catalog_error": "",
-    "quarantined_loads": 0, "evicted_bytes": 0, "leases": 3,
+    "backing_reason": "a tmpfs of our own", "catalog_error": "", "quarantined_loads": 0, "evicted_bytes": 0,
+    "leases": 3,
 }  # fmt: skip
+MIGRATION = {"policy": "lru", "policy_failure": "", "moved_pages": {}, "refused": {}, "moves_shared": True}
+DRAM_TIER = {
+    "name": "dram", "kind": "dram", "nodes": (), "online": True, "capacity_bytes": 64 * GIB, "used_bytes": 16 * GIB,
+    "idle_latency_s": None, "latency_s": None, "bandwidth_bytes_s": None,
+}  # fmt: skip
+CXL_TIER = DRAM_TIER | {
+    "name": "cxl", "kind": "cxl", "nodes": (1, 2), "online": False, "idle_latency_s": 250e-9, "bandwidth_bytes_s": 21e9,
+}  # fmt: skip
+DISK_TIER = DRAM_TIER | {"name": "disk", "kind": "disk", "capacity_bytes": None, "used_bytes": 0}
 STATUS = {
     "pool": POOL,
-    "tiers": (
-        {"name": "dram", "capacity_bytes": 64 * GIB, "used_bytes": 16 * GIB},
-        {"name": "disk", "capacity_bytes": None, "used_bytes": 0},
-    ),
+    "migration": MIGRATION,
+    "tiers": (DRAM_TIER, DISK_TIER),
     "spare": {"target_bytes": 0, "ready_bytes": 0, "prefault_s": 0.0},
     "staging_bytes": 0,
     "models": (MODEL,),
@@ -44,7 +51,7 @@ def no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def answer(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the daemon says; change it before the command runs."""
-    status = STATUS | {"pool": dict(POOL)}
+    status = STATUS | {"pool": dict(POOL), "migration": dict(MIGRATION)}
 
     class Client:
         def __init__(self, address: str) -> None:
@@ -113,6 +120,20 @@ def test_status_fits_80_columns_and_shows_every_model(
     assert max(map(len, lines[2:])) <= output.PIPE_COLUMNS
 
 
+def test_status_tells_of_several_tiers_and_of_what_moved(
+    answer: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer["tiers"] = (DRAM_TIER, CXL_TIER, DISK_TIER)
+    moved = {"cxl->dram": 12, "dram->cxl": 3}
+    answer["migration"] |= {"moved_pages": moved, "refused": {"busy": 4}, "moves_shared": False}
+    assert cli.main(["status"]) == 0
+    captured = capsys.readouterr()
+    assert "pages moved: 12 cxl->dram, 3 dram->cxl; not moved: 4 busy\n" in captured.out
+    assert "lacks CAP_SYS_NICE" in captured.err
+    rows = [line.split() for line in captured.out.splitlines()]
+    assert ["cxl", "16.0", "GiB", "64.0", "GiB", "25%", "1+2", "offline", "250", "ns", "21.00", "GB/s"] in rows
+
+
 def test_status_of_a_model_shows_runs_of_layers(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status", "llama"]) == 0
     text = capsys.readouterr().out
@@ -124,7 +145,8 @@ def test_status_of_a_model_shows_runs_of_layers(answer: dict[str, Any], capsys: 
 
 
 def test_status_warns_of_what_went_wrong(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    answer["pool"] |= {"policy_failure": "it divides by zero", "catalog_error": "disk full", "quarantined_loads": 2}
+    answer["migration"] |= {"policy_failure": "it divides by zero"}
+    answer["pool"] |= {"catalog_error": "disk full", "quarantined_loads": 2}
     answer["spare"] = {"target_bytes": 4 * GIB, "ready_bytes": GIB, "prefault_s": 1.0}
     assert cli.main(["status"]) == 0
     captured = capsys.readouterr()

@@ -8,6 +8,7 @@ import pytest
 from tiermem import host
 from tiermem.config import OPTIONS, Config, load_config, origins, socket_path
 from tiermem.errors import ConfigError
+from tiermem.tier_spec import DISK
 from tiermem.types import PAGE_BYTES
 
 
@@ -44,8 +45,11 @@ def test_defaults(environ: dict[str, str]) -> None:
     assert config.address == "unix:/run/user/7/tiermem/tiermem.sock"
     assert config.state == Path("/run/user/7/tiermem/pool")
     assert config.digests == Path("/caches/tiermem/digests")
-    assert config.dram % PAGE_BYTES == 0
-    assert 0 <= host.memory().usable_bytes // 2 - config.dram < PAGE_BYTES
+    dram, disk = config.tier
+    assert (dram.kind, dram.nodes, disk) == ("dram", (), DISK)
+    assert dram.capacity_bytes is not None
+    assert dram.capacity_bytes % PAGE_BYTES == 0
+    assert 0 <= host.memory().usable_bytes // 2 - dram.capacity_bytes < PAGE_BYTES
     assert (config.spare, config.staging, config.read_threads, config.grace) == (0, 64 << 20, 12, 30.0)
     assert (config.backing, config.policy, config.keep, config.log_level) == ("auto", "lru", False, "info")
 
@@ -74,15 +78,15 @@ def test_precedence_one_step_at_a_time(environ: dict[str, str], tmp_path: Path) 
 def test_origins_name_flag_variable_file_and_default(environ: dict[str, str], tmp_path: Path) -> None:
     file = write(tmp_path / "own.toml", 'grace = "2min"\n')
     environ["TIERMEM_KEEP"] = "yes"
-    found = origins({"dram": "1GiB", "spare": None}, environ, [file])
+    found = origins({"tier": "dram=1GiB", "spare": None}, environ, [file])
     assert {key: setting.origin for key, setting in found.items() if setting.origin != "default"} == {
-        "dram": "--dram", "keep": "TIERMEM_KEEP", "grace": str(file)}  # fmt: skip
-    assert (found["dram"].value, found["keep"].value, found["grace"].value) == (1 << 30, True, 120.0)
+        "tier": "--tier", "keep": "TIERMEM_KEEP", "grace": str(file)}  # fmt: skip
+    assert (found["tier"].value[0].capacity_bytes, found["keep"].value, found["grace"].value) == (1 << 30, True, 120.0)
     assert list(found) == [option.key for option in OPTIONS]
 
 
 def test_an_empty_variable_counts_as_unset(environ: dict[str, str]) -> None:
-    assert origins(environ=environ | {"TIERMEM_DRAM": ""}, files=())["dram"].origin == "default"
+    assert origins(environ=environ | {"TIERMEM_TIER": ""}, files=())["tier"].origin == "default"
 
 
 def test_explicit_files_replace_the_standard_ones(environ: dict[str, str], tmp_path: Path) -> None:
@@ -110,7 +114,7 @@ def test_a_mistyped_variable_is_an_error_and_a_foreign_one_is_not(environ: dict[
 
 
 def test_a_file_that_is_not_toml_is_named(environ: dict[str, str], tmp_path: Path) -> None:
-    file = write(tmp_path / "bad.toml", "dram = 4GiB\n")
+    file = write(tmp_path / "bad.toml", "tier = dram=4GiB\n")
     with pytest.raises(ConfigError, match=rf"{file} is not TOML"):
         load_config(environ=environ, files=[file])
 
@@ -118,7 +122,9 @@ def test_a_file_that_is_not_toml_is_named(environ: dict[str, str], tmp_path: Pat
 @pytest.mark.parametrize(
     ("key", "value", "complaint"),
     [
-        ("dram", "lots", "a size"), ("dram", True, "a size"), ("dram", "1MiB", "from 2.0 MiB"), ("dram", [1], "a size"),
+        ("spare", "lots", "a size"), ("spare", True, "a size"), ("spare", [1], "a size"), ("quota", "1MiB", "from 2.0"),
+        ("tier", "dram", "needs a size"), ("tier", True, "text such as"), ("tier", [1], "text such as"),
+        ("tier", [], "text such as"),
         ("staging", "1023K", "from 1.0 MiB"), ("staging", 2 << 30, "to 1.0 GiB"),
         ("read_threads", 0, "from 1 to 64"), ("read_threads", "65", "from 1 to 64"), ("read_threads", 2.0, "whole"),
         ("read_threads", True, "whole"), ("backing", "hbm", "auto, tmpfs"), ("log_level", 3, "debug, info"),
@@ -141,9 +147,9 @@ def test_a_wrong_value_is_refused_with_key_value_origin_and_example(
 
 
 def test_values_from_a_file_may_be_typed_or_text(environ: dict[str, str], tmp_path: Path) -> None:
-    text = 'dram = 8388609\nspare = "3.1GB"\ngrace = 5\nkeep = true\nstate = "~/pool"\naddress = "[::1]:50051"\n'
+    text = 'tier = "dram=8388609"\nspare = "3.1GB"\ngrace = 5\nkeep = true\nstate = "~/pool"\naddress = "[::1]:50051"\n'
     config = load_config(environ=environ, files=[write(tmp_path / "a.toml", text)])
-    assert (config.dram, config.spare) == (8 << 20, 3_100_000_000 // PAGE_BYTES * PAGE_BYTES)
+    assert (config.tier[0].capacity_bytes, config.spare) == (8 << 20, 3_100_000_000 // PAGE_BYTES * PAGE_BYTES)
     assert (config.grace, config.keep, config.address) == (5.0, True, "[::1]:50051")
     assert config.state == Path.home() / "pool"
 

@@ -97,6 +97,17 @@ def test_memory_without_cpus_may_be_cxl(build: Build) -> None:
     assert facts.cxl == host.Capability(True, "memory without CPUs, possibly CXL: node 10 (64.0 GiB)")
 
 
+def test_pages_of_others_move_with_cap_sys_nice_alone(build: Build) -> None:
+    assert "setcap cap_sys_nice+ep" in host.probe(build({})).migration.reason
+    allowed = host.probe(build({"proc/self/status": f"CapEff:\t{1 << 23:016x}\n"}))
+    assert (allowed.migration.available, allowed.tmpfs.available) == (True, False)
+
+
+def test_nodes_with_memory_are_told_as_the_kernel_has_them(build: Build, tmp_path: Path) -> None:
+    assert host.nodes_with_memory(tmp_path / "nowhere") == ""
+    assert host.nodes_with_memory(build({"sys/devices/system/node/has_memory": "0,2-3\n"})) == "0,2-3"
+
+
 def test_a_dax_device_is_named_in_the_advice(build: Build) -> None:
     facts = host.probe(build({"sys/bus/dax/devices/dax0.0/size": "1\n"}))
     assert "--mode=system-ram dax0.0" in facts.cxl.reason

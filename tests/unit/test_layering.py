@@ -12,14 +12,16 @@ MAX_LINES = 400
 # A room imports from its own layer and from those below; a new room belongs into one of them.
 LAYERS = (
     {"errors", "observations", "samples", "types", "units"},
-    {"_native", "config", "dtypes", "durable", "host", "policy", "rpc"},
-    {"addresses", "adoption", "catalog", "catalog_files", "checkpoint", "data_source", "digests", "dram",
-     "heat", "lease", "load", "loader", "migrator", "paths", "perfdata", "rollup", "sampler", "segment", "source",
+    {"tier_spec"},
+    {"_native", "config", "dtypes", "durable", "host", "policy", "rpc", "runner"},
+    {"addresses", "adoption", "catalog", "catalog_files", "checkpoint", "data_source", "digests", "heat",
+     "lease", "load", "loader", "memory", "page_facts", "paths", "perfdata", "rollup", "sampler", "segment", "source",
      "spare", "symbols", "tier", "view"},
     {"journal", "recording"},
-    {"eviction", "statistics"},
+    {"eviction", "migrator", "statistics", "steering", "tier_watch"},
+    {"control", "tiering"},
     {"pool"},
-    {"metrics", "observer", "report", "server", "status"},
+    {"metrics", "observer", "replay", "report", "server", "status"},
     {"agent", "capture", "client", "embedded", "model", "opening", "reporting"},
     {"numpy", "safe_open", "torch"},
     {"adapters", "bench", "cli", "__init__", "__main__"},
@@ -29,7 +31,7 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 ONLY = {
     "_native": {"errors", "samples", "types", "units", "_ffi", "_native"},
     "policies": {"policy", "types"},
-    "policy": {"errors", "types"},
+    "policy": {"errors", "policy", "types"},
     "rpc": {"errors", "types", "rpc"},
 }
 HEAVY = {"grpc", "torch", "transformers"}

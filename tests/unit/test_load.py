@@ -238,7 +238,7 @@ def test_memory_that_cannot_be_had_is_a_lack_of_capacity(staging: Any, monkeypat
     monkeypatch.setattr(_native.Segment, "prefault", full)
     for stock in (None, Stock(0), Stock(3 * PAGE_BYTES)):
         bench = Bench(manifest_of([[(100, "a")]]), stock=stock)
-        with pytest.raises(CapacityError, match=r"model: 2097152 bytes of memory for a could not be had.*--dram"):
+        with pytest.raises(CapacityError, match=r"model: 2097152 bytes of memory for a could not be had.*--tier"):
             bench.load.perform(bench.tasks()[0], staging)
 
 

@@ -61,6 +61,13 @@ def test_numbers_follow_the_pool(served: MetricsServer, pool: EmbeddedPool, chec
     assert found["tiermem_models"] == {"": 1}
     assert found["tiermem_leases"] == found["tiermem_clients"] == {"": 0}
     assert found["tiermem_evicted_bytes_total"] == {"": 0}, "that was a request; nothing was evicted by policy"
+    assert found["tiermem_moved_pages_total"] == {"dramdisk": 3}
+    pool._pool.tiering.migrator.log.refused["busy"] += 2
+    pool._pool.tiering.steering.failures = 4
+    found = scrape(served.port)
+    assert found["tiermem_refused_pages_total"] == {"busy": 2}
+    assert found["tiermem_policy_failures_total"] == {"": 4}
+    assert found["tiermem_policy_cpu_seconds_total"] == found["tiermem_control_cpu_seconds_total"] == {"": 0}
 
 
 def test_each_field_of_a_cost_is_a_counter_by_rung(served: MetricsServer, pool: EmbeddedPool) -> None:

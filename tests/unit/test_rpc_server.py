@@ -78,6 +78,12 @@ class FakePool:
     async def heat(self, request: messages.HeatRequest, session: str) -> messages.HeatReply:
         raise NotImplementedError
 
+    async def policyset(self, request: messages.PolicySetRequest, session: str) -> messages.PolicySetReply:
+        raise NotImplementedError
+
+    async def policylog(self, request: messages.PolicyLogRequest, session: str) -> messages.PolicyLogReply:
+        raise NotImplementedError
+
     async def watch(self, request: messages.WatchRequest, session: str) -> AsyncGenerator[messages.WatchEvent, None]:
         raise NotImplementedError
         yield

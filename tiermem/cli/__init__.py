@@ -25,8 +25,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "top": ("tiermem.cli.top", "Show live which models, layers and pages are used."),
     "record": ("tiermem.cli.record", "Record which weights are used, into a file."),
     "report": ("tiermem.cli.report", "Show what a recording or a perf.data file holds."),
+    "policy": ("tiermem.cli.policy", "Check a policy, put it in charge, see what it did."),
     "doctor": ("tiermem.cli.doctor", "Show what this host can do, and why not the rest."),
-    "bench": ("tiermem.cli.bench", "Time loads and opens, and verify the bytes."),
+    "bench": ("tiermem.cli.bench", "Time loads, opens and migration, and verify the bytes."),
     "demo": ("tiermem.cli.demo", "Show it all on this machine in a minute."),
 }
 """Command -> the module whose `command` it is, and its line of help."""

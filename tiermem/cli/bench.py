@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tiermem.cli import output
-from tiermem.cli.flags import address_flag, json_flag
+from tiermem.cli.flags import address_flag, config_flags, json_flag
 from tiermem.config import load_config
 from tiermem.errors import ModelNotFound
-from tiermem.units import format_bytes, format_rate, format_seconds
+from tiermem.types import PAGE_BYTES, pages_of
+from tiermem.units import format_bytes, format_rate, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from tiermem.bench.samples import Samples
@@ -28,7 +29,7 @@ runs_flag = click.option("--runs", default=5, show_default=True, type=click.IntR
 
 @click.group()
 def command() -> None:
-    """Time loads and opens of a checkpoint of yours, and verify the bytes.
+    """Time loads and opens of a checkpoint of yours, or migration of memory, and verify the bytes.
 
     PATH is a checkpoint, or the name of a model in the pool; by default it is the only model of the pool. The host's
     daemon is timed if it answers, else a pool of this process.
@@ -107,6 +108,44 @@ def load_command(path: str | None, runs: int, cold: bool, address: str | None, a
     spent = {name: Samples.of([getattr(timing, f"{name}_thread_s") for timing in taken]).median for name in work}
     output.line("thread seconds: " + ", ".join(f"{name} {format_seconds(spent[name])}" for name in work))
     _close(len(digests), advice)
+
+
+@command.command("migrate")
+@click.option("--size", default="1GiB", show_default=True, help="How much is moved.")
+@click.option("--nodes", nargs=2, type=int, default=(0, 1), show_default=True, help="Between which NUMA nodes.")
+@click.option("--readers", default=1, show_default=True, type=click.IntRange(0, 64), help="Processes that map it.")
+@runs_flag
+@config_flags("backing")
+@json_flag
+def migrate_command(
+    size: str, nodes: tuple[int, int], readers: int, runs: int, backing: str | None, as_json: bool
+) -> None:
+    """Time moving pages between two NUMA nodes and back, while other processes have them mapped.
+
+    This is what page migration between DRAM and CXL memory costs on this host. The bytes are verified.
+    """
+    from tiermem.bench.migration import time_moves
+    from tiermem.bench.samples import Samples
+
+    nbytes = max(1, pages_of(parse_bytes(size))) * PAGE_BYTES
+    taken = list(time_moves(load_config({"backing": backing}).backing, nbytes, nodes, runs, readers))
+    ways = {
+        f"node{source} -> node{target}": [timing for timing in taken if (timing.source, timing.target) == way]
+        for way in (nodes, nodes[::-1])
+        for source, target in (way,)
+    }
+    if as_json:
+        output.emit_json("bench.migrate", {"bytes": nbytes, "readers": readers, "moves": [asdict(t) for t in taken]})
+        return
+    output.line(f"migrate {format_bytes(nbytes)} that {readers} other processes have mapped")
+    rows = []
+    for name, timings in ways.items():
+        seconds = Samples.of([timing.seconds for timing in timings])
+        rate = Samples.of([timing.bytes_per_s for timing in timings]).median
+        refused = sum(timing.refused for timing in timings)
+        rows.append((*_row(name, seconds), format_rate(rate), refused))
+    output.table(("", ">n", ">median", ">p95", ">min", ">max", ">rate", ">pages refused"), rows)
+    output.line("the bytes are what they were")
 
 
 @contextmanager

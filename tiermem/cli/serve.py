@@ -32,10 +32,9 @@ def command(**flags: Any) -> None:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def ready(pool: Pool) -> None:
-        dram = pool.dram.tier
+        sizes = ", ".join(f"{format_bytes(tier.capacity_bytes or 0)} of {tier.name}" for tier in pool.tiers.memory)
         output.line(
-            f"serving {config.address}: {format_bytes(dram.capacity_bytes or 0)} of DRAM on {pool.dram.backing.kind}, "
-            f"{len(pool.catalog)} models adopted"
+            f"serving {config.address}: {sizes} on {pool.memory.backing.kind}, {len(pool.catalog)} models adopted"
         )
 
     asyncio.run(serve(config, ready))

@@ -10,7 +10,7 @@ import click
 from tiermem.cli import output
 from tiermem.cli.flags import address_flag, json_flag
 from tiermem.config import load_config
-from tiermem.units import format_bytes, format_seconds
+from tiermem.units import format_bytes, format_rate, format_seconds
 
 
 @click.command()
@@ -37,26 +37,43 @@ def _show_pool(address: str, status: dict[str, Any]) -> None:
     pool, spare = status["pool"], status["spare"]
     output.line(
         f"pool {pool['id']} at {address}, process {pool['pid']}, up {format_seconds(pool['uptime_s'])}, "
-        f"policy {pool['policy']}, leases {pool['leases']}"
+        f"policy {status['migration']['policy']}, leases {pool['leases']}"
     )
     output.line(f"segments on {pool['backing']}: {pool['backing_reason']}")
     if spare["target_bytes"]:
         output.line(f"spare: {format_bytes(spare['ready_bytes'])} of {format_bytes(spare['target_bytes'])} prefaulted")
-    if pool["policy_failure"]:
-        output.note(f"the policy failed and nothing is evicted: {pool['policy_failure']}")
+    _show_migration(status["migration"], len(status["tiers"]) > 2)
     if pool["catalog_error"]:
         output.note(f"the catalog cannot be written: {pool['catalog_error']}")
     if pool["quarantined_loads"]:
         output.note(f"{pool['quarantined_loads']} adopted models had damaged bytes and were dropped")
     output.line("")
-    output.table(("tier", ">used", ">capacity", ">fill"), [_tier_row(tier) for tier in status["tiers"]])
+    columns = ("tier", ">used", ">capacity", ">fill", "nodes", ">latency", ">bandwidth")
+    output.table(columns, [_tier_row(tier) for tier in status["tiers"]])
 
 
-def _tier_row(tier: dict[str, Any]) -> tuple[str, str, str, str]:
+def _show_migration(migration: dict[str, Any], several_tiers: bool) -> None:
+    if migration["policy_failure"]:
+        output.note(f"the policy failed, and nothing is moved or evicted: {migration['policy_failure']}")
+    if not several_tiers:
+        return
+    moved = ", ".join(f"{pages} {way}" for way, pages in migration["moved_pages"].items()) or "none"
+    refused = ", ".join(f"{pages} {cause}" for cause, pages in migration["refused"].items())
+    output.line(f"pages moved: {moved}" + (f"; not moved: {refused}" if refused else ""))
+    if not migration["moves_shared"]:
+        output.note("pages that clients have mapped cannot move: the daemon lacks CAP_SYS_NICE")
+
+
+def _tier_row(tier: dict[str, Any]) -> tuple[str, ...]:
     used, capacity = tier["used_bytes"], tier["capacity_bytes"]
     if capacity is None:
-        return tier["name"], "", "unbounded", ""
-    return tier["name"], format_bytes(used), format_bytes(capacity), f"{used / capacity:.0%}"
+        return tier["name"], "", "unbounded", "", "", "", ""
+    nodes = "+".join(map(str, tier["nodes"])) + ("" if tier["online"] else " offline")
+    latency, bandwidth = tier["idle_latency_s"], tier["bandwidth_bytes_s"]
+    return (
+        tier["name"], format_bytes(used), format_bytes(capacity), f"{used / capacity:.0%}", nodes,
+        format_seconds(latency) if latency else "", format_rate(bandwidth) if bandwidth else "",
+    )  # fmt: skip
 
 
 def _show_models(models: list[dict[str, Any]]) -> None:

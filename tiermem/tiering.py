@@ -1,0 +1,98 @@
+"""Tiering: which tier each page of a pool goes to. Ties views, the policy in charge, eviction and migrator together.
+
+Decides nothing itself: the policy does. Never loads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Container
+
+import numpy as np
+
+from tiermem.catalog import Catalog, ModelRecord
+from tiermem.control import Control
+from tiermem.errors import CapacityError
+from tiermem.eviction import Eviction
+from tiermem.lease import LeaseTable
+from tiermem.memory import Memory, Placement
+from tiermem.migrator import Migrator, Quota
+from tiermem.migrator.log import EVICTED
+from tiermem.policy import View
+from tiermem.statistics import AccessStatistics
+from tiermem.steering import Steering
+from tiermem.tier_watch import TierWatch
+from tiermem.view import Rows, Views
+
+
+class Tiering:
+    """Of one pool, whose `lock` must be held but where it says otherwise. `loading`: ids of models that load."""
+
+    def __init__(
+        self,
+        steering: Steering,
+        quota_bytes_s: int,
+        memory: Memory,
+        catalog: Catalog,
+        leases: LeaseTable,
+        loading: Container[str],
+        statistics: AccessStatistics,
+        lock: threading.RLock,
+    ) -> None:
+        self.steering = steering
+        self.eviction = Eviction(memory, leases, loading, self._relieve)
+        self.migrator = Migrator(memory, statistics.journal, lock, Quota(quota_bytes_s), self.eviction.evict)
+        self.watch = TierWatch(memory, catalog, lock)
+        self.control = Control(steering, self.migrator, self.watch, self._view)
+        self._tiers, self._catalog, self._lock = memory.tiers, catalog, lock
+        self._views = Views(memory.tiers, statistics.heat, lambda record: leases.holders(record.id) > 0)
+
+    def start(self) -> None:
+        """Begin to move pages, where there is anywhere to move them."""
+        if self._tiers.several:
+            self.control.start()
+
+    def close(self) -> None:
+        """The lock must not be held."""
+        self.control.close()
+        self.steering.close()
+        self.watch.close()
+
+    def places(self, record: ModelRecord, segments: list[int]) -> dict[int, Placement]:
+        """The tier of each page of segments that are about to be loaded, and for which there is room."""
+        counts = [record.manifest.segments[i].pages for i in segments]
+        if self._tiers.several:
+            placed = self.steering.place(self._views.request(record, segments, time.monotonic()))
+            if (placed < 0).any():
+                homeless = int((placed < 0).sum())
+                raise CapacityError(f"{record.name}: no memory tier has room for {homeless} of its pages")
+        else:
+            placed = np.full(sum(counts), self._tiers.memory[0].id, np.int8)
+        return dict(zip(segments, np.split(placed, np.cumsum(counts)[:-1]), strict=True))
+
+    def settle(self, record: ModelRecord, segment: int) -> None:
+        """A segment was filled: where did the kernel put its pages? The lock must not be held."""
+        if self._tiers.several:
+            self.watch.settle(record, segment)
+
+    def evict(self, record: ModelRecord) -> int:
+        """Take a model out of memory, as somebody asked; returns bytes freed. Raises Refused."""
+        held = [(i, int(record.placed[record.first_page[i]])) for i, key in enumerate(record.keys) if key is not None]
+        freed = self.eviction.evict_model(record)
+        for i, tier in held:
+            first, count = record.first_page[i], record.manifest.segments[i].pages
+            self.migrator.log.done(record, first, count, tier, self._tiers.disk, "asked for", EVICTED)
+        return freed
+
+    def _view(self, quota_bytes: int, period_s: float) -> tuple[View, Rows]:
+        """For the control loop, which does not hold the lock."""
+        with self._lock:
+            return self._views.view(self._catalog, time.monotonic(), 0, quota_bytes, period_s)
+
+    def _relieve(self, lacks: int, record: ModelRecord) -> None:
+        """Have the policy evict `lacks` bytes for a load of the record; nothing for one that cannot fit even then."""
+        others = [other for other in self._catalog if other is not record]
+        view, rows = self._views.view(others, time.monotonic(), needed_bytes=lacks)
+        if sum(run.nbytes for run in view.evictable()) >= lacks:
+            self.migrator.relieve(self.steering.plan(view), rows)
