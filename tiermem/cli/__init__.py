@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "record": ("tiermem.cli.record", "Record which weights are used, into a file."),
     "report": ("tiermem.cli.report", "Show what a recording or a perf.data file holds."),
     "policy": ("tiermem.cli.policy", "Check a policy, put it in charge, see what it did."),
+    "trace": ("tiermem.cli.trace", "Generate a trace of page touches, for replay."),
+    "replay": ("tiermem.cli.replay", "Judge policies on a trace or a recording."),
     "doctor": ("tiermem.cli.doctor", "Show what this host can do, and why not the rest."),
     "bench": ("tiermem.cli.bench", "Time loads, opens and migration, and verify the bytes."),
     "demo": ("tiermem.cli.demo", "Show it all on this machine in a minute."),
