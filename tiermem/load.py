@@ -57,9 +57,13 @@ class Figures:
 
 
 def plan_reads(manifest: Manifest, segments: Iterable[int], block_bytes: int) -> list[Task]:
-    """Reads of the tensors of `segments`, in file order, none crossing a multiple of `block_bytes` in its file."""
+    """Reads of the tensors of `segments`, in file order, none crossing a multiple of `block_bytes` in its file.
+
+    The parts of a read ascend and are disjoint: tensors that share bytes of their file are in reads of their own.
+    """
     wanted = set(segments)
-    blocks: dict[tuple[int, int], list[Part]] = {}
+    blocks: dict[tuple[int, int], list[list[Part]]] = {}
+    ends: dict[tuple[int, int], int] = {}
     empty = []
     for i, tensor in enumerate(manifest.tensors):
         if tensor.extent.segment not in wanted:
@@ -68,12 +72,19 @@ def plan_reads(manifest: Manifest, segments: Iterable[int], block_bytes: int) ->
             empty.append(Task((i,)))
         begin = at = tensor.file_offset
         while at < begin + tensor.nbytes:
-            block = at // block_bytes
-            stop = min(begin + tensor.nbytes, (block + 1) * block_bytes)
-            blocks.setdefault((tensor.file, block), []).append(Part(i, at - begin, stop - at))
-            at = stop
-    reads = [Task(tuple(p.tensor for p in parts), file, tuple(parts)) for (file, _), parts in blocks.items()]
-    return empty + reads
+            block = (tensor.file, at // block_bytes)
+            stop = min(begin + tensor.nbytes, (block[1] + 1) * block_bytes)
+            reads = blocks.setdefault(block, [])
+            if at < ends.get(block, at + 1):
+                reads.append([])
+            reads[-1].append(Part(i, at - begin, stop - at))
+            ends[block] = at = stop
+    tasks = [
+        Task(tuple(part.tensor for part in parts), file, tuple(parts))
+        for (file, _), reads in blocks.items()
+        for parts in reads
+    ]
+    return empty + tasks
 
 
 def plan_checks(record: ModelRecord, segments: Iterable[int]) -> list[Task]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tiermem.checkpoint import open_checkpoint
+from tiermem.checkpoint.formats import ENDINGS, INDEX_ENDING
 from tiermem.types import Manifest
 
 _Facts = tuple[tuple[int, int, int, int], ...]
@@ -57,10 +58,12 @@ def _facts(paths: tuple[str, ...]) -> _Facts | None:
 
 
 def default_name(manifest: Manifest) -> str:
-    """A model's name unless told otherwise: its directory's, or for a file of another name than `model` the file's."""
+    """A model's name unless told otherwise: its directory's, or the file's where that is not (pytorch_)model."""
     path = Path(os.path.abspath(manifest.path))
-    name = path.name.removesuffix(".index.json").removesuffix(".safetensors")
-    if path.is_dir() or name == "model":
+    name, ending = os.path.splitext(path.name.removesuffix(INDEX_ENDING))
+    if ending not in ENDINGS:
+        name = path.name
+    if path.is_dir() or name in ("model", "pytorch_model"):
         return (path if path.is_dir() else path.parent).name or "model"
     return name
 
@@ -68,6 +71,6 @@ def default_name(manifest: Manifest) -> str:
 def path_or_name_of(path_or_name: str | os.PathLike[str]) -> tuple[str | None, str | None]:
     """(absolute path, None) for something that exists or looks like a path, else (None, name)."""
     text = os.fspath(path_or_name)
-    if os.path.exists(text) or os.path.isabs(text) or text.startswith((".", "~")) or text.endswith(".safetensors"):
+    if os.path.exists(text) or os.path.isabs(text) or text.startswith((".", "~")) or text.endswith(ENDINGS):
         return os.path.abspath(os.path.expanduser(text)), None
     return None, text

@@ -151,7 +151,7 @@ def _sparse_header(directory: Path) -> Path:
     return path
 
 
-def _pickle(directory: Path) -> Path:
+def _archive_start(directory: Path) -> Path:
     path = directory / "pytorch_model.bin"
     path.write_bytes(b"PK\x03\x04" + bytes(100))
     return path
@@ -272,7 +272,7 @@ CORPUS: dict[str, Case] = {
     "FIFO": _bad(_fifo, "is not a regular file"),
     "FIFO as shard": _bad(_fifo_shard, "is not a regular file"),
     "directory as shard": _bad(_directory_as_shard, "is not a regular file"),
-    "pickle": _bad(_pickle, "is of no format that is read here"),
+    "archive cut off": _bad(_archive_start, "is no whole zip archive"),
     "nothing there": Case(lambda directory: directory / "gone", CheckpointNotFound, "no such file"),
     "file as directory": Case(lambda d: write_good(d / "a.safetensors") / "b", CheckpointNotFound, "no such file"),
     "directory without weights": Case(_no_weights, CheckpointNotFound, "holds no *.safetensors file"),

@@ -119,6 +119,8 @@ def test_only_the_last_paths_are_kept(
         ("llama/lora.safetensors", "lora"),
         ("llama/v1.5.safetensors", "v1.5"),
         ("llama/lora.safetensors.index.json", "lora"),
+        ("llama/pytorch_model.bin", "llama"),
+        ("llama/q4_1.gguf", "q4_1"),
     ],
 )
 def test_a_model_is_named_after_its_directory_or_its_file(tmp_path: Path, path: str, name: str) -> None:

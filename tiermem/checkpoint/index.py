@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint: `*.safetensors.index.json` -> which file holds which tensor, none outside.
+"""The index of a sharded checkpoint: `*.index.json` -> which file holds which tensor, none outside.
 
 Follows transformers: the map decides which files belong to the checkpoint, and all of their tensors count.
 Never opens a shard.
@@ -12,7 +12,6 @@ from tiermem.checkpoint.file import read_exactly, regular_file
 from tiermem.checkpoint.strict_json import parse_object, shown
 from tiermem.errors import CheckpointError
 
-INDEX_ENDING = ".safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
 
 

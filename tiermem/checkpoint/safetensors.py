@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from tiermem.checkpoint.file import FileFacts, read_exactly, regular_file
 from tiermem.checkpoint.layout import RawTensor
+from tiermem.checkpoint.sizes import nbytes_of
 from tiermem.checkpoint.strict_json import parse_object, shown
 from tiermem.errors import CheckpointError
 from tiermem.types import DTYPE_BITS, CheckpointFile
@@ -22,7 +23,6 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
-_MAX_BITS = 1 << 63
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -99,7 +99,7 @@ def _entry(name: str, entry: object) -> tuple[int, int, str, str, tuple[int, ...
         raise ValueError(f"tensor {shown(name)} has unknown dtype {shown(dtype)}")
     if not isinstance(shape, list) or not isinstance(offsets, list):
         raise ValueError(f"tensor {shown(name)} must have lists as shape and data_offsets")
-    nbytes = _nbytes(name, dtype, shape)
+    nbytes = nbytes_of(name, dtype, shape)
     # type() and not isinstance(): a bool is an int, but no offset.
     if len(offsets) != 2 or not (type(offsets[0]) is type(offsets[1]) is int and offsets[0] <= offsets[1]):
         raise ValueError(f"tensor {shown(name)} has data_offsets {shown(offsets)}, which are no begin <= end")
@@ -110,19 +110,3 @@ def _entry(name: str, entry: object) -> tuple[int, int, str, str, tuple[int, ...
             f"but its data_offsets {shown(offsets)} hold {end - begin}"
         )
     return begin, end, name, dtype, tuple(shape)
-
-
-def _nbytes(name: str, dtype: str, shape: list[object]) -> int:
-    """Bytes of a tensor. The product skips zeros, so that none hides an overflow, which numpy would refuse later."""
-    bits = DTYPE_BITS[dtype]
-    for size in shape:
-        if type(size) is not int:
-            raise ValueError(f"tensor {shown(name)} has shape {shown(shape)}: {shown(size)} is no size of a dimension")
-        bits *= size or 1
-        if bits > _MAX_BITS:
-            raise ValueError(f"tensor {shown(name)} has shape {shown(shape)}, whose product overflows 63 bits")
-    if 0 in shape:
-        return 0
-    if bits % 8:
-        raise ValueError(f"tensor {shown(name)} of dtype {dtype} and shape {shown(shape)} ends within a byte")
-    return bits // 8
