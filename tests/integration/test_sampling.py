@@ -134,12 +134,12 @@ def told_by_children(
         return [json.loads(child.line()) for child in running]
 
 
-def assert_true(told: dict[str, int], false_in: int | None = None) -> None:
-    """No false alarm, or at most one in `false_in` sampled pages; of touches at most one, and one in 500, is missed:
-    the kernel may unmap a page of its own accord (reclaim) between touch and look."""
+def assert_true(told: dict[str, int], false_in: int | None = None, missed_in: int = 500) -> None:
+    """No false alarm, or at most one in `false_in` sampled pages; of touches at most one, and one in `missed_in`, is
+    missed: the kernel may unmap a page of its own accord (reclaim) between touch and look."""
     assert told["untrackable"] == 0, told
     assert told["false"] == 0 if false_in is None else told["false"] * false_in <= told["sampled"], told
-    assert told["missed"] <= 1 + told["touched"] // 500, told
+    assert told["missed"] <= 1 + told["touched"] // missed_in, told
 
 
 def test_every_touch_of_a_sampled_page_is_told_and_no_other(file: int) -> None:
@@ -161,7 +161,8 @@ def test_every_touch_is_told_on_reserved_pages() -> None:
 def test_accessed_bits_tell_the_same(file: int) -> None:
     for told in told_by_children(file, PAGES, "accessed", 2, 25, INSIDE):
         # A load that the processor makes on speculation, and takes back, sets the bit all the same.
-        assert_true(told, false_in=200)
+        # The kernel clears the bits and leaves TLBs alone: a touch by a translation that is still there sets none.
+        assert_true(told, false_in=200, missed_in=20)
         assert told["sampled"] >= 5 * PAGES, told
         assert told["touched"] > 0.15 * told["sampled"]
 

@@ -162,7 +162,9 @@ def test_a_dropped_mapping_and_a_closed_sweep_are_left_alone(memory_file: int) -
 def test_a_forked_child_unmaps_while_a_thread_of_its_parent_holds_the_lock(memory_file: int) -> None:
     mask = np.zeros(PAGES, np.uint8)
     range_, sweep = swept(memory_file, mask)
+    released: list[bool] = []
     range_.before_release(lambda: sweep.drop(1))
+    range_.on_release(lambda: released.append(True))
     running = threading.Thread(target=sweep.run, args=(PAGES, 100_000))
     running.start()
     children = []
@@ -171,13 +173,13 @@ def test_a_forked_child_unmaps_while_a_thread_of_its_parent_holds_the_lock(memor
         if child == 0:
             sweep.wake()
             del range_
-            gc.collect()
-            os._exit(0)
+            os._exit(0 if released else 1)
         children.append(child)
-    deadline = time.monotonic() + 10
-    left = set(children)
+    deadline = time.monotonic() + 60
+    left, ended = set(children), []
     while left and time.monotonic() < deadline:
-        left -= {child for child in left if os.waitpid(child, os.WNOHANG)[0]}
+        ended += [(child, status) for child, status in (os.waitpid(child, os.WNOHANG) for child in left) if child]
+        left = set(children) - {child for child, _ in ended}
         time.sleep(0.01)
     for child in left:
         os.kill(child, 9)
@@ -185,3 +187,4 @@ def test_a_forked_child_unmaps_while_a_thread_of_its_parent_holds_the_lock(memor
     sweep.wake()
     running.join()
     assert not left, f"{len(left)} of 20 children hang"
+    assert {status for _, status in ended} == {0}

@@ -7,7 +7,6 @@
     anonymous 8 1   fill 8 MiB of private memory, put it on node 1, and from then on touch it too
     count           answer with the number of layers read so far
     tell            answer with one line of JSON: see Told
-    close           end the lease and go on reading
 """
 
 from __future__ import annotations
@@ -73,9 +72,6 @@ class Reader:
     def anonymous(self, mib: int, node: int) -> None:
         self._child.say(f"anonymous {mib} {node}")
 
-    def release(self) -> None:
-        self._child.say("close")
-
     def tell(self) -> Told:
         self._child.say("tell")
         return Told(**json.loads(self._child.line(DEADLINE_S)))
@@ -127,8 +123,6 @@ class _Process:
             print(json.dumps(asdict(self._told())), flush=True)
         elif verb == "count":
             print(self._reads, flush=True)
-        elif verb == "close":
-            self.model.close()
         elif verb == "anonymous":
             private = mmap.mmap(-1, numbers[0] << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self._anonymous = np.frombuffer(private, np.uint8)

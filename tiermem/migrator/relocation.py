@@ -124,7 +124,9 @@ class Relocation:
             free = {n.number: n.free_bytes for n in host.numa_nodes()}
             node = max(order.target.nodes, key=lambda number: free.get(number, 0))
         try:
-            return self._memory.numa.move(segment, order.pages, node, shared=self.shared)
+            results = self._memory.numa.move(segment, order.pages, node, shared=self.shared)
+            self._take_back(order, segment, order.pages[results == -errno.ENOMEM])
+            return results
         except Closed:  # it left memory just now
             return np.full(len(order.pages), -errno.ENOENT, np.int32)
         except NativeError as error:
@@ -132,6 +134,13 @@ class Relocation:
                 self.shared = False  # a container's filter may refuse what the capability allows
             _log.warning("cannot move %d pages of %s to node%d: %s", len(order.pages), order.record.name, node, error)
             return np.full(len(order.pages), -(error.errno or errno.EIO), np.int32)
+
+    def _take_back(self, order: Order, segment: _native.Segment, pages: npt.NDArray[np.uint32]) -> None:
+        """Of pages for which there was no room some moved in part: that part goes back to where it came from."""
+        for page in pages.tolist():
+            if self._memory.numa.where(segment, page, 1)[0] == _native.NODE_MIXED:
+                part = np.array([page], np.uint32)
+                self._memory.numa.move(segment, part, order.source.nodes[0], shared=self.shared)
 
     def _settle(self, order: Order, results: npt.NDArray[np.int32]) -> tuple[int, Order]:
         """Write down what the kernel did. The lock is held."""

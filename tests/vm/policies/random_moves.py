@@ -15,7 +15,8 @@ class RandomMoves:
 
     def plan(self, view: View) -> Plan:
         fast, slow = view.memory_tiers
-        rows = self._random.permutation(np.flatnonzero(view.movable))[: view.quota_bytes // PAGE_BYTES]
+        movable = self._random.permutation(np.flatnonzero(view.movable))
+        rows = movable[: min(view.quota_bytes // PAGE_BYTES, -(-len(movable) // 2))]
         tier = view.pages.tier[rows]
         down = rows[tier == fast.id][: slow.free_bytes // PAGE_BYTES]
         up = rows[tier == slow.id][: fast.free_bytes // PAGE_BYTES]
