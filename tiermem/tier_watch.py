@@ -92,6 +92,7 @@ class TierWatch:
                     tier.online = online
                     _log.warning("tier %s is %s", tier.name, "back" if online else "offline: its NUMA node is gone")
         if not first:
+            self._next = self._parts()
             self._audit(1 << 40)
 
     def _audit(self, os_pages: int) -> None:
@@ -100,19 +101,23 @@ class TierWatch:
         while left > 0:
             part = next(self._next, None)
             if part is None:
-                with self._lock:
-                    self._next = iter([
-                        (record, number, first)
-                        for record in self._catalog
-                        for number, segment in enumerate(record.manifest.segments)
-                        if record.resident(number)
-                        for first in range(0, segment.pages, self._step)
-                    ])  # fmt: skip
+                self._next = self._parts()
                 return
             record, number, first = part
             count = min(self._step, record.manifest.segments[number].pages - first)
             self._settle(record, number, first, count)
             left -= count * self._os_pages
+
+    def _parts(self) -> Iterator[tuple[ModelRecord, int, int]]:
+        """All that is resident now, in parts: model, segment, first page."""
+        with self._lock:
+            return iter([
+                (record, number, first)
+                for record in self._catalog
+                for number, segment in enumerate(record.manifest.segments)
+                if record.resident(number)
+                for first in range(0, segment.pages, self._step)
+            ])  # fmt: skip
 
     @property
     def _os_pages(self) -> int:

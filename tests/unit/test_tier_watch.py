@@ -162,10 +162,13 @@ def test_a_segment_may_leave_memory_while_the_kernel_is_asked(bench: Watching, r
     assert bench.used() == (2 if reloaded else 0, 0)
 
 
-def test_a_tier_is_offline_while_its_nodes_have_no_memory(bench: Watching, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tier_is_offline_while_its_nodes_have_no_memory(
+    bench: Watching, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tier_watch, "_AUDIT_OS_PAGES", PAGE_BYTES // 4096)  # a page a look
     record = bench.add("a", [[CXL] * 3, [CXL] * 9])
     bench.kernel.home = 1
-    bench.look()
+    bench.look(5)  # into the middle of a round
     assert bench.tiers[CXL].online
     assert caplog.text == ""
     bench.online, bench.kernel.home = {0}, 0
