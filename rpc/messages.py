@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tiermem.types import ImageTensor
+
 PROTOCOL = 1
 """Version that both ends must speak."""
 
@@ -117,6 +119,49 @@ class OpenReply:
     segments: tuple[SegmentGrant, ...]
     ready: bytes
     files: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCreateRequest:
+    """An image's fingerprint, field by field, and its tensors in the order in which they lie."""
+
+    fingerprint: dict[str, str]
+    tensors: tuple[ImageTensor, ...]
+    name: str | None = None
+    metadata: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCreateReply:
+    """`draft`: nobody made it yet. Its descriptors are then writable, for the client to fill it and seal the lease."""
+
+    draft: bool
+    opened: OpenReply
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSealRequest:
+    lease_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOpenRequest:
+    """The image of that fingerprint; with a `name`, only if that one has it."""
+
+    fingerprint: dict[str, str]
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PathsRequest:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PathsReply:
+    """The file of each segment, as processes of the pool's user on its host find it."""
+
+    paths: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

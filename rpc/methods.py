@@ -27,13 +27,18 @@ class Method:
         return f"/{SERVICE}/{self.name}"
 
 
-# Open is not idempotent: each call is a new lease. Pins are counted. A second Remove would not find the model.
+# Open is not idempotent, nor what opens or creates an image: each call is a new lease. Pins are counted. A second Remove
+# would not find the model.
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
         Method("Attach", messages.AttachRequest, messages.AttachEvent, streams=True, deadline_s=None),
         Method("Load", messages.LoadRequest, messages.LoadReply, idempotent=True),
         Method("Open", messages.OpenRequest, messages.OpenReply),
+        Method("ImageCreate", messages.ImageCreateRequest, messages.ImageCreateReply, deadline_s=None),
+        Method("ImageSeal", messages.ImageSealRequest, messages.Empty, deadline_s=None),
+        Method("ImageOpen", messages.ImageOpenRequest, messages.OpenReply),
+        Method("Paths", messages.PathsRequest, messages.PathsReply, idempotent=True, deadline_s=10.0),
         Method("Wait", messages.WaitRequest, messages.WaitReply, idempotent=True, deadline_s=None),
         Method("Release", messages.ReleaseRequest, messages.Empty, idempotent=True, deadline_s=10.0),
         Method("Pin", messages.PinRequest, messages.PinReply, deadline_s=10.0),

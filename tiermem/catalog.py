@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiermem.errors import ModelNotFound, ProtocolError, Refused
+from tiermem.fingerprint import is_image
 from tiermem.types import LOADING, Manifest
 
 FileIdentity = tuple[int, int, int, int, str]
@@ -121,6 +122,9 @@ class ModelRecord:
         return sum(segment.page_bytes for key, segment in held if key is not None)
 
     def check(self) -> None:
+        assert not (is_image(self.manifest) and self.missing()), (
+            f"{self.name}: an image is in memory as a whole or gone"
+        )
         for i, segment in enumerate(self.manifest.segments):
             pages = self.pages(i)
             codes, placed = set(self.residency[pages].tolist()), set(self.placed[pages].tolist())

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from tiermem._native import Range
 from tiermem.agent import Agent
 from tiermem.config import descriptor_path, socket_path, value_of
+from tiermem.draft import Draft, usable
 from tiermem.errors import Closed, DaemonUnreachable, TiermemError
 from tiermem.heat import HeatColumns
 from tiermem.model import Model
@@ -32,7 +33,7 @@ from tiermem.rpc.codec import decode_manifest
 from tiermem.rpc.descriptors import DescriptorClient
 from tiermem.sampler.client import member_of
 from tiermem.statistics import ModelHeat
-from tiermem.types import PAGE_BYTES, Manifest
+from tiermem.types import PAGE_BYTES, ImageTensor, Manifest
 
 _REATTACH_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Between tries to find the next daemon; the last one repeats for as long as leases are held."""
@@ -93,9 +94,53 @@ class Client:
         path, name = path_or_name_of(path_or_name)
         session = self._live()
         reply = self._call("Open", m.OpenRequest(path, name, dict(layers) if layers else None), session)
-        with self._lock:
-            self._leases[reply.lease_id] = reply.model_id
-        return Model(_Holder(self, session, reply), writable)
+        return Model(self._held(session, reply), writable)
+
+    def create_image(
+        self,
+        fingerprint: Mapping[str, str],
+        tensors: Iterable[ImageTensor],
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Draft | Model:
+        """The image of that fingerprint: a Draft, for this process to fill and seal, or a Model where it exists.
+
+        `fingerprint` names every input that the bytes depend on. Where another process fills the same image this waits
+        for it, `timeout_s` at most, and takes over if that one dies. Raises CapacityError, ProtocolError,
+        DeadlineExceeded, DaemonUnreachable.
+        """
+        request = m.ImageCreateRequest(dict(fingerprint), tuple(tensors), name, dict(metadata) if metadata else None)
+
+        def create() -> Draft | Model:
+            session = self._live()
+            reply: m.ImageCreateReply = self._call("ImageCreate", request, session)
+            holder = self._held(session, reply.opened)
+            return Draft(holder, partial(self._seal, reply.opened.lease_id, session)) if reply.draft else Model(holder)
+
+        return usable(create, timeout_s)
+
+    def open_image(self, fingerprint: Mapping[str, str], *, name: str | None = None, writable: bool = False) -> Model:
+        """The sealed image of that fingerprint; with a `name`, only that one. Waits while it is being filled.
+
+        Raises ImageNotFound, which names the nearest image and where it differs, and FingerprintMismatch.
+        """
+
+        def find() -> Model:
+            session = self._live()
+            reply = self._call("ImageOpen", m.ImageOpenRequest(dict(fingerprint), name), session)
+            return Model(self._held(session, reply), writable)
+
+        return usable(find)
+
+    def share_paths(self, name: str) -> tuple[str, ...]:
+        """Path of each segment's file of a model, to open or link to; good until the model leaves memory, so pin it.
+
+        Raises ModelNotFound, and Refused while the model is not whole in memory.
+        """
+        reply: m.PathsReply = self._call("Paths", m.PathsRequest(name))
+        return reply.paths
 
     def load(
         self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None
@@ -197,6 +242,14 @@ class Client:
             raise DaemonUnreachable(
                 f"the daemon at {self.address} went away during {method}; start it with: tiermem serve"
             ) from None
+
+    def _held(self, session: _Session, reply: m.OpenReply) -> _Holder:
+        with self._lock:
+            self._leases[reply.lease_id] = reply.model_id
+        return _Holder(self, session, reply)
+
+    def _seal(self, lease_id: str, session: _Session) -> None:
+        self._call("ImageSeal", m.ImageSealRequest(lease_id), session)
 
     def _live(self) -> _Session:
         session = self._session

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from typing import Any
@@ -18,18 +18,20 @@ import numpy.typing as npt
 from tiermem._native import Range
 from tiermem.agent import Agent
 from tiermem.config import Config, load_config
+from tiermem.draft import Draft, usable
 from tiermem.errors import Closed, DeadlineExceeded, Refused
-from tiermem.lease import Lease, Session
+from tiermem.images import Images
+from tiermem.lease import Lease, Opened, Session
 from tiermem.model import Model
 from tiermem.observer import own_order
 from tiermem.paths import path_or_name_of
-from tiermem.pool import Opened, Pool
+from tiermem.pool import Pool
 from tiermem.reporting import Reporting
 from tiermem.rpc.messages import MoveEntry
 from tiermem.sampler.client import member_of
 from tiermem.statistics import ModelHeat
-from tiermem.status import heat_of, moves_of, residency_of, status_of
-from tiermem.types import PAGE_BYTES
+from tiermem.status import heat_of, moves_of, paths_of, residency_of, status_of
+from tiermem.types import PAGE_BYTES, ImageTensor
 from tiermem.units import format_seconds
 
 
@@ -38,6 +40,7 @@ class EmbeddedPool:
 
     def __init__(self, config: Config | None = None, *, transient: bool = False) -> None:
         self._pool = Pool(config or load_config(), embedded=True)
+        self._images = Images(self._pool)
         self._session = Session(os.getpid(), os.geteuid())
         self._reporting = Reporting(lambda request: self._pool.report(self._session, request))
         order = own_order(self._pool.config)
@@ -61,6 +64,39 @@ class EmbeddedPool:
         path, name = path_or_name_of(path_or_name)
         opened = self._live().open(self._session, path=path, name=name, layers=layers)
         return Model(_Holder(self, opened), writable)
+
+    def create_image(
+        self,
+        fingerprint: Mapping[str, str],
+        tensors: Iterable[ImageTensor],
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Draft | Model:
+        """As `Client.create_image`: a Draft to fill and seal, or a Model where the image exists."""
+        listed = tuple(tensors)
+
+        def create() -> Draft | Model:
+            self._live()
+            opened, draft = self._images.create(self._session, fingerprint, listed, name, metadata)
+            holder = _Holder(self, opened)
+            return Draft(holder, lambda: self._images.seal(opened.lease).result()) if draft else Model(holder)
+
+        return usable(create, timeout_s)
+
+    def open_image(self, fingerprint: Mapping[str, str], *, name: str | None = None, writable: bool = False) -> Model:
+        """As `Client.open_image`. Raises ImageNotFound, FingerprintMismatch."""
+
+        def find() -> Model:
+            self._live()
+            return Model(_Holder(self, self._images.open(self._session, fingerprint, name)), writable)
+
+        return usable(find)
+
+    def share_paths(self, name: str) -> tuple[str, ...]:
+        """Path of each segment's file of a model. Raises ModelNotFound, Refused."""
+        return paths_of(self._live(), name)
 
     def load(
         self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None

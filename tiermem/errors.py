@@ -48,6 +48,12 @@ class ModelNotFound(TiermemError, KeyError):
     exit_code = 4
 
 
+class ImageNotFound(ModelNotFound):
+    """No image of that fingerprint is in the pool."""
+
+    code = "image-not-found"
+
+
 class TensorNotFound(TiermemError, KeyError):
     """The model has no tensor of that name."""
 
@@ -74,6 +80,18 @@ class Refused(TiermemError, RuntimeError):
 
     code = "refused"
     exit_code = 5
+
+
+class FingerprintMismatch(Refused):
+    """The image of that name was made from other inputs."""
+
+    code = "fingerprint"
+
+
+class ImageAbandoned(Refused):
+    """Who was filling the image left before it was whole."""
+
+    code = "image-abandoned"
 
 
 class AccessDenied(TiermemError, PermissionError):

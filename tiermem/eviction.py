@@ -10,6 +10,7 @@ from collections.abc import Callable, Container
 
 from tiermem.catalog import ModelRecord
 from tiermem.errors import CapacityError, Refused
+from tiermem.fingerprint import is_image
 from tiermem.lease import LeaseTable
 from tiermem.memory import Memory
 from tiermem.migrator import log
@@ -19,7 +20,8 @@ from tiermem.view import Piece
 
 class Eviction:
     """Of one pool. `relieve(nbytes, record)` asks the policy for room that a load of the record needs; `loading` holds
-    the ids of models with a load in progress; until `hold_until_s` (monotonic) nothing is evicted under pressure."""
+    the ids of models with a load in progress; `forget(record)` drops an image, which nothing could bring back, as a
+    whole; until `hold_until_s` (monotonic) nothing is evicted under pressure."""
 
     def __init__(
         self,
@@ -27,8 +29,10 @@ class Eviction:
         leases: LeaseTable,
         loading: Container[str],
         relieve: Callable[[int, ModelRecord], None],
+        forget: Callable[[ModelRecord], None],
     ) -> None:
         self.hold_until_s = 0.0
+        self._forget = forget
         self._memory, self._leases, self._loading, self._relieve = memory, leases, loading, relieve
 
     def make_room(self, nbytes: int, record: ModelRecord) -> None:
@@ -68,11 +72,16 @@ class Eviction:
         ):
             if holds:
                 raise Refused(cause)
-        return self._memory.drop(record, piece.segment)
+        return self._drop_image(record) if is_image(record.manifest) else self._memory.drop(record, piece.segment)
 
     def evict_model(self, record: ModelRecord) -> int:
         """Take a whole model out of memory, as somebody asked; returns bytes freed. Raises Refused."""
         self.refuse_if_held(record)
         if record.id in self._loading:
             raise Refused(f"{record.name} is loading; wait until it is there, or unload it")
-        return self._memory.drop_all(record)
+        return self._drop_image(record) if is_image(record.manifest) else self._memory.drop_all(record)
+
+    def _drop_image(self, record: ModelRecord) -> int:
+        nbytes = record.resident_bytes()
+        self._forget(record)
+        return nbytes

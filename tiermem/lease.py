@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tiermem.catalog import ModelRecord
 from tiermem.errors import Refused
 
 
@@ -27,6 +28,15 @@ class Lease:
     model_id: str
     session: Session
     error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What an open gives: the lease, the model, and which of its files the opened path is (None: all)."""
+
+    lease: Lease
+    record: ModelRecord
+    files: tuple[int, ...] | None
 
 
 class LeaseTable:

@@ -20,6 +20,7 @@ from blake3 import blake3
 from tiermem import _native
 from tiermem.catalog import ModelRecord
 from tiermem.errors import CapacityError, DigestMismatch, NativeError, TiermemError, own
+from tiermem.lease import Lease
 from tiermem.source.file import FileSource
 from tiermem.types import PAGE_BYTES, Manifest, TensorInfo
 
@@ -124,6 +125,7 @@ class Load:
         self.error: Exception | None = None
         self.in_flight = 0
         self.begun = False
+        self.filler: Lease | None = None  # who writes the bytes of an image, until it is sealed
         self._source = source
         self._stock = stock
         self._lock = lock
@@ -221,6 +223,13 @@ class Load:
         for tensor in whole:
             self._publish(tensor)
 
+    def prefault(self, threads: int) -> None:
+        """Have memory behind every segment before somebody fills them. Raises CapacityError."""
+        begin = time.monotonic()
+        for segment in self.segments:
+            self._populate(segment, 0, self.record.manifest.segments[segment].page_bytes, threads)
+        self.figures.prefault_thread_s += time.monotonic() - begin
+
     def _prefault(self, task: Task) -> None:
         begin = time.monotonic()
         ranges: dict[int, tuple[int, int]] = {}
@@ -235,7 +244,7 @@ class Load:
         with self._lock:
             self.figures.prefault_thread_s += time.monotonic() - begin
 
-    def _populate(self, segment: int, first: int, nbytes: int) -> None:
+    def _populate(self, segment: int, first: int, nbytes: int, threads: int = 1) -> None:
         """Prefault pages of a segment in the tiers that they were given, those of the first with memory that the stock
         gives back as far as it has any."""
         page = self.record.first_page[segment] + first // PAGE_BYTES
@@ -243,9 +252,9 @@ class Load:
         for tier, run in groupby(enumerate(tiers), lambda pair: pair[1]):
             numbers = [number for number, _ in run]
             start, size = first + numbers[0] * PAGE_BYTES, len(numbers) * PAGE_BYTES
-            self._populate_in(segment, start, size, self._nodes[tier] if self._nodes else 0, tier == 0)
+            self._populate_in(segment, start, size, threads, self._nodes[tier] if self._nodes else 0, tier == 0)
 
-    def _populate_in(self, segment: int, first: int, nbytes: int, nodes: int, from_stock: bool) -> None:
+    def _populate_in(self, segment: int, first: int, nbytes: int, threads: int, nodes: int, from_stock: bool) -> None:
         pages = {(segment, page) for page in range(first, first + nbytes, PAGE_BYTES)}
         with self._lock:
             # Neighbouring tasks share a page; the stock gives for it once.
@@ -255,7 +264,7 @@ class Load:
             self._stock.take(len(fresh) * PAGE_BYTES)
         while True:
             try:
-                self.segments[segment].prefault(first, nbytes, 1, nodes)
+                self.segments[segment].prefault(first, nbytes, threads, nodes)
                 return
             except NativeError as error:
                 # A step of the stock's filling that began before this load may have taken the room.

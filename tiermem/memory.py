@@ -6,6 +6,7 @@ decides what goes in or out, or where. Guarded by the pool's lock.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 
@@ -132,15 +133,24 @@ class Memory:
         """Take a whole model out of memory. Returns the bytes given back."""
         return sum(self.drop(record, i) for i, key in enumerate(record.keys) if key is not None)
 
-    def share(self, record: ModelRecord, numbers: Iterable[int]) -> list[int]:
-        """New read-only descriptors of segments. Raises Refused where one is not in memory."""
+    def share(self, record: ModelRecord, numbers: Iterable[int], lend: bool = False) -> list[int]:
+        """New descriptors of segments, read-only unless lent. Raises Refused where one is not in memory."""
         keys = []
         for i in numbers:
             key = record.keys[i] if 0 <= i < len(record.keys) else None
             if key is None:
                 raise Refused(f"{record.name}: segment {i} is not in memory; open the model again")
             keys.append(key)
-        return [self._segments[key].share() for key in keys]
+        return [self._segments[key].lend() if lend else self._segments[key].share() for key in keys]
+
+    def paths(self, record: ModelRecord) -> tuple[str, ...]:
+        """Where this user's processes of this host find each segment's file. Raises Refused while one is not whole."""
+        found = []
+        for i, key in enumerate(record.keys):
+            if key is None or not record.resident(i):
+                raise Refused(f"{record.name}: segment {i} is not in memory as a whole; wait until the model is loaded")
+            found.append(self.backing.path(key) or f"/proc/{os.getpid()}/fd/{self._segments[key].fileno}")
+        return tuple(found)
 
     def check(self, catalog: Catalog) -> None:
         """Each page is counted once, and twice while it moves."""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tiermem import _native
 from tiermem.dtypes import numpy_dtype
 from tiermem.errors import Closed, NativeError, Refused, TensorNotFound
+from tiermem.fingerprint import metadata_of
 from tiermem.types import PAGE_BYTES, CheckpointFile, Manifest, TensorInfo
 from tiermem.units import format_bytes
 
@@ -62,7 +63,8 @@ class Model(Mapping[str, npt.NDArray[Any]]):
     loaded, asking for it waits.
     """
 
-    def __init__(self, holder: LeaseHolder, writable: bool = False) -> None:
+    def __init__(self, holder: LeaseHolder, writable: bool = False, mapping: _native.Range | None = None) -> None:
+        """`mapping`: where the segments are mapped already, and whose end ends the lease."""
         self.name = holder.name
         self.manifest = holder.manifest
         self.writable = writable
@@ -75,7 +77,7 @@ class Model(Mapping[str, npt.NDArray[Any]]):
         self._ready = holder.ready
         self._all_ready = bool(self._ready.all())
         try:
-            self._starts, self._memory = _mapped(holder, writable)
+            self._starts, self._memory = _mapped(holder, writable, mapping)
         except BaseException:
             holder.release()
             raise
@@ -160,6 +162,11 @@ class Model(Mapping[str, npt.NDArray[Any]]):
         self._holder.pinned(sorted(pages))
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """What the checkpoint's writer, or the image's creator, noted beside the tensors."""
+        return metadata_of(self.manifest, self.files)
+
+    @property
     def files(self) -> tuple[CheckpointFile, ...]:
         """The files of the checkpoint that were opened."""
         opened, files = self._holder.files, self.manifest.files
@@ -197,26 +204,17 @@ class Model(Mapping[str, npt.NDArray[Any]]):
         return f"<Model {self.name!r}: {len(self)} tensors{', closed' if self._closed else ''}>"
 
 
-def _mapped(holder: LeaseHolder, writable: bool) -> tuple[list[int], memoryview]:
-    """Start of each segment in one mapping of all of them, and that mapping; its end ends the lease."""
+def starts_of(manifest: Manifest) -> list[int]:
+    """Start of each segment in one mapping of all of them, and its end."""
     starts = [0]
-    for segment in holder.manifest.segments:
+    for segment in manifest.segments:
         starts.append(starts[-1] + segment.page_bytes)
-    if starts[-1] == 0:
-        return starts, memoryview(b"")
-    try:
-        mapping = _mapping(holder, starts, cow=writable)
-    except NativeError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return starts, _private_copy(holder, starts)
-    mapping.on_release(holder.release)
-    holder.mapped(mapping)
-    return starts, mapping.buffer()
+    return starts
 
 
-def _mapping(holder: LeaseHolder, starts: Sequence[int], cow: bool) -> _native.Range:
-    mapping = _native.Range.reserve(starts[-1], cow=cow)
+def map_segments(holder: LeaseHolder, starts: Sequence[int], access: _native.Access) -> _native.Range:
+    """Map all segments of a lease side by side. Raises NativeError, or what the pool answers."""
+    mapping = _native.Range.reserve(starts[-1], access)
     numbers = range(len(holder.manifest.segments))
     for first in range(0, len(numbers), _MAPPINGS_PER_FETCH):
         fds = holder.descriptors(numbers[first : first + _MAPPINGS_PER_FETCH])
@@ -229,11 +227,28 @@ def _mapping(holder: LeaseHolder, starts: Sequence[int], cow: bool) -> _native.R
     return mapping
 
 
+def _mapped(holder: LeaseHolder, writable: bool, mapping: _native.Range | None) -> tuple[list[int], memoryview]:
+    """Start of each segment in one mapping of all of them, and that mapping; its end ends the lease."""
+    starts = starts_of(holder.manifest)
+    if starts[-1] == 0:
+        return starts, memoryview(b"")
+    if mapping is None:
+        try:
+            mapping = map_segments(holder, starts, _native.Access.COW if writable else _native.Access.SHARED)
+        except NativeError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return starts, _private_copy(holder, starts)
+        mapping.on_release(holder.release)
+    holder.mapped(mapping)
+    return starts, mapping.buffer()
+
+
 def _private_copy(holder: LeaseHolder, starts: Sequence[int]) -> memoryview:
     """Writable memory where segments lie on reserved 2 MiB pages, which have no copy-on-write. Waits for the load."""
     _log.warning("%s is copied (%s): its pool is on hugetlb; open it with writable=False, or serve with --backing shm",
                  holder.name, format_bytes(starts[-1]))  # fmt: skip
-    shared = _mapping(holder, starts, cow=False)
+    shared = map_segments(holder, starts, _native.Access.SHARED)
     holder.wait(None, None)
     copy = np.empty(starts[-1], np.uint8)
     _native.copy(copy.ctypes.data, shared.address, copy.nbytes, threads=2)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 from tiermem import host
 from tiermem.adoption import adopt
@@ -19,13 +18,14 @@ from tiermem.catalog import Catalog, ModelRecord
 from tiermem.catalog_files import CatalogFiles
 from tiermem.config import Config
 from tiermem.digests import DigestRecords
-from tiermem.errors import Closed, ModelNotFound, Refused, TiermemError, own
+from tiermem.errors import Closed, ImageAbandoned, ModelNotFound, Refused, TiermemError, own
+from tiermem.fingerprint import is_image
 from tiermem.journal import Journal, Watcher
-from tiermem.lease import Lease, LeaseTable, Session
+from tiermem.lease import Lease, LeaseTable, Opened, Session
 from tiermem.load import Figures, Load, plan_checks, plan_reads, readiness
 from tiermem.loader import BLOCK_BYTES, Loader
+from tiermem.lookup import Found, Lookup
 from tiermem.memory import Memory
-from tiermem.paths import KnownPaths, default_name
 from tiermem.rpc.messages import ReportRequest
 from tiermem.segment import open_backing
 from tiermem.source.file import FileSource
@@ -34,16 +34,6 @@ from tiermem.statistics import AccessStatistics
 from tiermem.steering import Steering
 from tiermem.tier import open_tiers
 from tiermem.tiering import Tiering
-from tiermem.types import Manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """What an open gives: the lease, the model, and which of its files the opened path is (None: all)."""
-
-    lease: Lease
-    record: ModelRecord
-    files: tuple[int, ...] | None
 
 
 class Pool:
@@ -69,12 +59,13 @@ class Pool:
         self.statistics = AccessStatistics(self.journal)
         self.quarantined, self._closed = 0, False
         self.figures: dict[str, Figures] = {}
-        self._paths = KnownPaths()
         self._digests = DigestRecords(config.digests)
+        self.lookup = Lookup(self.catalog, self._digests, self.tiers.disk, self._forget_if_idle)
         self._loads: dict[str, Load] = {}
         self.tiering = Tiering(
-            steering, config.quota, self.memory, self.catalog, self.leases, self._loads, self.statistics, self.lock
-        )
+            steering, config.quota, self.memory, self.catalog, self.leases, self._loads, self.statistics, self.lock,
+            self._forget,
+        )  # fmt: skip
         self._load_ended = threading.Condition(self.lock)
         self.loader = Loader(config.read_threads, config.staging, self.lock, self._end)
         if not embedded:
@@ -97,9 +88,9 @@ class Pool:
         Raises CheckpointNotFound, CheckpointError, CapacityError, or Refused where `name` is another model's.
         """
         self.tiering.steering.refresh()
-        manifest = self._paths.manifest(path, layers)
+        manifest = self.lookup.manifest(path, layers)
         with self.lock:
-            record, _ = self._record(manifest, name)
+            record, _ = self.lookup.checkpoint(manifest, name)
             future = readiness(self._ensure(record), None)
         self._begin(record)
         return record, future
@@ -114,18 +105,22 @@ class Pool:
         """Lease a model, by path or by name, and begin to load what is missing of it. Raises as `load` does,
         and ModelNotFound for an unknown name."""
         self.tiering.steering.refresh()
-        manifest = None if path is None else self._paths.manifest(path, layers)
+        manifest = None if path is None else self.lookup.manifest(path, layers)
+        return self.lease_found(session, lambda: self.lookup.find(manifest, name))
+
+    def lease_found(self, session: Session, find: Callable[[], Found]) -> Opened:
+        """Lease what `find` finds, and begin to load what is missing of it."""
         with self.lock:
             if session.ended:
                 raise Refused(f"process {session.pid} left while it opened a model")
-            record, files = self._find(manifest, name)
+            record, files = find()
             while (load := self._loads.get(record.id)) is not None and load.error is not None:
                 # It is being given up; who opens now gets the load after it.
                 self._load_ended.wait()
-                record, files = self._find(manifest, name)
+                record, files = find()
             lease = self.leases.grant(record.id, session)
             try:
-                self._ensure(record)
+                self._ensure(record, lease)
             except TiermemError:
                 self.leases.release(lease)
                 raise
@@ -149,30 +144,9 @@ class Pool:
         self._begin(record)
         return future
 
-    def _find(self, manifest: Manifest | None, name: str | None) -> tuple[ModelRecord, tuple[int, ...] | None]:
-        return (self.catalog.named(name or ""), None) if manifest is None else self._record(manifest, name)
-
-    def _record(self, manifest: Manifest, name: str | None) -> tuple[ModelRecord, tuple[int, ...] | None]:
-        found = self.catalog.find(manifest)
-        if found is not None:
-            if name is not None and found[0].name != name:
-                raise Refused(f"{manifest.path} is in the pool as {found[0].name!r}; open it by that name or its path")
-            return found
-        self._supersede(manifest, name)
-        default = self.catalog.free_name(default_name(manifest), manifest.identity)
-        known = self._digests.get(manifest)
-        record = ModelRecord(name or default, manifest, known or [None] * len(manifest.tensors), self.tiers.disk)
-        self.catalog.add(record)
-        return record, None
-
-    def _supersede(self, manifest: Manifest, name: str | None) -> None:
-        """An idle model of the same path is of files that are no longer there; its name and memory are free."""
-        for old in [r for r in self.catalog if r.manifest.path == manifest.path and name in (None, r.name)]:
-            if not (self.leases.holders(old.id) or old.pins or old.id in self._loads):
-                self._forget(old)
-
-    def _ensure(self, record: ModelRecord) -> Load | None:
-        """The load in progress of a model, made if segments are missing. Holds the lock; `_begin` must follow."""
+    def _ensure(self, record: ModelRecord, lease: Lease | None = None) -> Load | None:
+        """The load in progress of a model, made if segments are missing. Holds the lock; `_begin` must follow. That of
+        an image is its draft, which the holder of the lease fills."""
         # The check of a model that was adopted in part brings nothing of the rest.
         while (load := self._loads.get(record.id)) is not None and load.is_check and record.missing():
             self._load_ended.wait()
@@ -189,10 +163,13 @@ class Pool:
         except TiermemError:
             self._forget_unloaded(record)
             raise
-        tasks = plan_reads(record.manifest, missing, BLOCK_BYTES)
-        source = FileSource(record.manifest.files)
+        drawn = is_image(record.manifest)
+        tasks = plan_checks(record, missing) if drawn else plan_reads(record.manifest, missing, BLOCK_BYTES)
+        source = None if drawn else FileSource(record.manifest.files)
         nodes = [tier.node_mask for tier in self.tiers]
         load = Load(record, segments, tasks, source, self.spare.stock, self.lock, self._complete, nodes)
+        if drawn:
+            load.filler, load.begun = lease, True
         self._loads[record.id] = load
         return load
 
@@ -220,7 +197,7 @@ class Pool:
                 for i in load.segments:
                     self.memory.drop(record, i)
                 self.leases.fail(record.id, error)
-                self.quarantined += load.is_check
+                self.quarantined += load.is_check and record.loaded
                 self._forget_unloaded(record)
             else:
                 record.loaded = True
@@ -245,16 +222,28 @@ class Pool:
                 raise ModelNotFound("the model was removed; load it again")
             return record
 
+    def draft_of(self, lease: Lease) -> Load | None:
+        """The load of an image that the lease's holder is to fill. Holds the lock."""
+        load = self._loads.get(lease.model_id)
+        return load if load is not None and load.filler is lease else None
+
     def share(self, lease: Lease, segments: Iterable[int]) -> list[int]:
-        """New read-only descriptors of the model's segments, for the caller to send and close."""
+        """New descriptors of the model's segments, for the caller to send and close: read-only, but for who fills."""
         with self.lock:
-            return self.memory.share(self.record(lease), segments)
+            return self.memory.share(self.record(lease), segments, lend=self.draft_of(lease) is not None)
 
     def release(self, lease: Lease) -> None:
         """End a lease."""
         with self.lock:
-            if self.leases.release(lease):
-                self.statistics.released(lease)
+            if not self.leases.release(lease):
+                return
+            self.statistics.released(lease)
+            draft = self.draft_of(lease)
+            if draft is None:
+                return
+            left = f"process {lease.session.pid} left before it had filled {draft.record.name}; create it anew"
+            draft.fail(ImageAbandoned(left))
+        self.loader.add(draft)
 
     def end_session(self, session: Session) -> None:
         """A client went: all its leases end."""
@@ -368,9 +357,13 @@ class Pool:
             return load
 
     def _forget_unloaded(self, record: ModelRecord) -> None:
-        """A model whose first load failed leaves nothing behind."""
-        if not record.loaded:
-            self.catalog.remove(record)
+        """A model whose first load failed leaves nothing behind, nor does an image that cannot be read again."""
+        if not record.loaded or is_image(record.manifest):
+            self._forget(record)
+
+    def _forget_if_idle(self, record: ModelRecord) -> None:
+        if not (self.leases.holders(record.id) or record.pins or record.id in self._loads):
+            self._forget(record)
 
     def _forget(self, record: ModelRecord) -> None:
         self.memory.drop_all(record)
@@ -389,7 +382,9 @@ class Pool:
         for record, segments in adopt(files, self.memory):
             record.name = self.catalog.free_name(record.name, record.id)
             self.catalog.add(record)
-            if segments:
+            if is_image(record.manifest) and record.missing():
+                self._forget(record)
+            elif segments:
                 tasks = plan_checks(record, segments)
                 self._loads[record.id] = Load(record, segments, tasks, None, None, self.lock, self._complete)
                 self.tiering.eviction.hold_until_s = time.monotonic() + self.config.grace

@@ -66,6 +66,10 @@ class Backing:
         """Segment files present in the directory."""
         return sorted(os.listdir(self._dirfd)) if self.survives else []
 
+    def path(self, key: str) -> str | None:
+        """The path of a segment's file; None where it has none."""
+        return str(self.directory / key) if self.directory is not None else None
+
     def close(self, keep: bool) -> None:
         """Forget the backing; unless `keep`, remove its files and unmount what was mounted for it."""
         if self.directory is not None and not keep:

@@ -24,15 +24,16 @@ import numpy as np
 from tiermem.catalog import ModelRecord
 from tiermem.config import Config, descriptor_path, socket_path
 from tiermem.errors import ConfigError, DeadlineExceeded, ProtocolError, Refused
-from tiermem.lease import Session
+from tiermem.images import Images
+from tiermem.lease import Opened, Session
 from tiermem.metrics import MetricsServer
 from tiermem.observer import Observer
-from tiermem.pool import Opened, Pool
+from tiermem.pool import Pool
 from tiermem.rpc import messages as m
 from tiermem.rpc.codec import encode_manifest
 from tiermem.rpc.descriptors import DescriptorServer, remove_stale
 from tiermem.rpc.server import create_server
-from tiermem.status import heat_of, moves_of, status_of
+from tiermem.status import heat_of, moves_of, paths_of, status_of
 from tiermem.units import format_seconds
 
 _THREADS = 16
@@ -48,6 +49,7 @@ class PoolService:
     def __init__(self, pool: Pool, config: Config) -> None:
         """On the running event loop. Raises ConfigError where the sampler that `config` names is not to be had."""
         self.pool = pool
+        self._images = Images(pool)
         loop = asyncio.get_running_loop()
         self._attached: set[asyncio.Event] = set()
         self._observer = Observer(pool, config, lambda: loop.call_soon_threadsafe(self._order))
@@ -104,22 +106,27 @@ class PoolService:
         )
 
     async def open(self, request: m.OpenRequest, session: Session) -> m.OpenReply:
-        opening = asyncio.ensure_future(
-            self._blocking(self.pool.open, session, request.path, request.name, request.layers)
-        )
-        try:
-            opened = await asyncio.shield(opening)
-            record = opened.record
-            encoded = self._manifests.get(record)
-            if encoded is None:
-                encoded = self._manifests[record] = await self._blocking(encode_manifest, record.manifest)
-        except BaseException:
-            # The client will not learn of the lease: it gave up waiting, or its manifest cannot be sent.
-            opening.add_done_callback(self._unopened)
-            raise
-        return m.OpenReply(
-            opened.lease.id, record.id, record.name, encoded, _grants(record), _bits(record), opened.files
-        )
+        pool = self.pool
+        reply, _ = await self._open(lambda: (pool.open(session, request.path, request.name, request.layers), False))
+        return reply
+
+    async def imagecreate(self, request: m.ImageCreateRequest, session: Session) -> m.ImageCreateReply:
+        asked = (request.fingerprint, request.tensors, request.name, request.metadata)
+        reply, draft = await self._open(lambda: self._images.create(session, *asked))
+        return m.ImageCreateReply(draft, reply)
+
+    async def imageseal(self, request: m.ImageSealRequest, session: Session) -> m.Empty:
+        future = await self._blocking(self._images.seal, self.pool.lease(session, request.lease_id))
+        await asyncio.shield(asyncio.wrap_future(future))
+        return m.Empty()
+
+    async def imageopen(self, request: m.ImageOpenRequest, session: Session) -> m.OpenReply:
+        images = self._images
+        reply, _ = await self._open(lambda: (images.open(session, request.fingerprint, request.name), False))
+        return reply
+
+    async def paths(self, request: m.PathsRequest, session: Session) -> m.PathsReply:
+        return m.PathsReply(await self._blocking(paths_of, self.pool, request.name))
 
     async def wait(self, request: m.WaitRequest, session: Session) -> m.WaitReply:
         lease = self.pool.lease(session, request.lease_id)
@@ -188,13 +195,29 @@ class PoolService:
     async def status(self, request: m.StatusRequest, session: Session) -> m.StatusReply:
         return m.StatusReply(await self._blocking(status_of, self.pool, request.name))
 
+    async def _open(self, open_: Callable[[], tuple[Opened, bool]]) -> tuple[m.OpenReply, bool]:
+        """What an open gives the client, and whether it is a draft."""
+        opening = asyncio.ensure_future(self._blocking(open_))
+        try:
+            opened, draft = await asyncio.shield(opening)
+            record = opened.record
+            encoded = self._manifests.get(record)
+            if encoded is None:
+                encoded = self._manifests[record] = await self._blocking(encode_manifest, record.manifest)
+        except BaseException:
+            # The client will not learn of the lease: it gave up waiting, or its manifest cannot be sent.
+            opening.add_done_callback(self._unopened)
+            raise
+        grants, ready = _grants(record), _bits(record)
+        return m.OpenReply(opened.lease.id, record.id, record.name, encoded, grants, ready, opened.files), draft
+
     def _order(self) -> None:
         for changed in self._attached:
             changed.set()
 
-    def _unopened(self, opening: asyncio.Future[Opened]) -> None:
+    def _unopened(self, opening: asyncio.Future[tuple[Opened, bool]]) -> None:
         if not opening.cancelled() and opening.exception() is None:
-            self.pool.release(opening.result().lease)
+            self.pool.release(opening.result()[0].lease)
 
     async def _blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(*args, **kwargs))

@@ -11,6 +11,7 @@ from typing import Any
 
 from tiermem import _native
 from tiermem.catalog import ModelRecord
+from tiermem.fingerprint import fingerprint_of
 from tiermem.heat import HeatColumns
 from tiermem.load import Figures, Load
 from tiermem.observations import Rung
@@ -83,6 +84,12 @@ def moves_of(pool: Pool, model: str | None, page: int | None, limit: int) -> tup
     )  # fmt: skip
 
 
+def paths_of(pool: Pool, name: str) -> tuple[str, ...]:
+    """Path of each segment's file, for processes of this user on this host. Raises ModelNotFound, Refused."""
+    with pool.lock:
+        return pool.memory.paths(pool.catalog.named(name))
+
+
 def residency_of(pool: Pool, record: ModelRecord) -> dict[str, str]:
     """Layer -> name of the tier that holds it, `loading`, or where several do `dram+cxl`, the one with most pages
     first."""
@@ -109,7 +116,8 @@ def _model(pool: Pool, record: ModelRecord, load: Load | None) -> dict[str, Any]
         "page_bytes": manifest.page_bytes,
         "resident_bytes": sum(s.page_bytes for i, s in enumerate(manifest.segments) if record.resident(i)),
         "ready_bytes": sum(t.nbytes for t, ready in zip(manifest.tensors, record.ready, strict=True) if ready),
-        "state": "loading" if load else ("disk" if record.missing() else "resident"),
+        "fingerprint": fingerprint_of(manifest),
+        "state": _state(record, load),
         "leases": pool.leases.holders(record.id),
         "readers": pool.leases.pids(record.id),
         "pins": record.pins,
@@ -118,6 +126,12 @@ def _model(pool: Pool, record: ModelRecord, load: Load | None) -> dict[str, Any]
         "heat": _heat(pool.statistics.heat(record).columns(time.monotonic())),
         "last_load": _figures(figures) if figures else None,
     }
+
+
+def _state(record: ModelRecord, load: Load | None) -> str:
+    if load is not None:
+        return "draft" if load.filler is not None else "loading"
+    return "disk" if record.missing() else "resident"
 
 
 def _tier(tier: Tier) -> dict[str, Any]:

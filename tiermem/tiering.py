@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 import numpy as np
 
@@ -39,9 +39,10 @@ class Tiering:
         loading: Container[str],
         statistics: AccessStatistics,
         lock: threading.RLock,
+        forget: Callable[[ModelRecord], None],
     ) -> None:
         self.steering = steering
-        self.eviction = Eviction(memory, leases, loading, self._relieve)
+        self.eviction = Eviction(memory, leases, loading, self._relieve, forget)
         self.migrator = Migrator(memory, statistics.journal, lock, Quota(quota_bytes_s), self.eviction.evict)
         self.watch = TierWatch(memory, catalog, lock)
         self.control = Control(steering, self.migrator, self.watch, self._view)

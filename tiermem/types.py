@@ -5,6 +5,7 @@
     extent      (segment, offset, length): where a tensor's bytes are
     manifest    the parsed description of a checkpoint; no bytes
     residency   which tier holds a page: a tier id >= 0, or LOADING
+    image       weights in one engine's final layout, keyed by a fingerprint; no checkpoint holds them
     lease       a client's right to read a model in place
 
 `docs/design.md` section 2 has the whole glossary.
@@ -64,6 +65,16 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.extent.length
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTensor:
+    """A tensor of an image that is to be made; `layer` None is derived from the name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

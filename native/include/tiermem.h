@@ -43,6 +43,9 @@ int tm_segment_prefault(tm_segment *segment, uint64_t offset, uint64_t length, u
 int tm_segment_seal(tm_segment *segment);
 /* A new read-only, close-on-exec descriptor of the file, to hand to a client. */
 int tm_segment_share(const tm_segment *segment, int *fd);
+int tm_segment_fd(const tm_segment *segment); /* the segment keeps it */
+/* A new descriptor as from share, but writable, for a client that fills the segment; TM_E_SEALED once it is sealed. */
+int tm_segment_lend(tm_segment *segment, int *fd);
 void tm_segment_close(tm_segment *segment); /* unmaps; unlinks nothing */
 
 /* --- stock: prefaulted memory kept ahead of need ---------------------------------------------------------------- */
@@ -59,9 +62,11 @@ void tm_stock_close(tm_stock *stock);
 typedef struct tm_range tm_range;
 #define TM_MAP_SHARED 0 /* PROT_READ, MAP_SHARED */
 #define TM_MAP_COW 1    /* PROT_READ|PROT_WRITE, MAP_PRIVATE: writes stay private */
+#define TM_MAP_FILL 2   /* PROT_READ|PROT_WRITE, MAP_SHARED: writes are the segment's; needs a lent descriptor */
 int tm_range_reserve(uint64_t bytes, tm_range **range); /* 2 MiB aligned, whole pages, no memory behind it yet */
 /* From the start of the file; offset in whole pages; TM_E_SHORT if the file is shorter than `length`. */
 int tm_range_map(tm_range *range, uint64_t offset, int fd, uint64_t length, int mode); /* the caller keeps fd */
+int tm_range_protect(tm_range *range); /* PROT_READ for all of it: what was filled is shared from now on */
 void *tm_range_address(const tm_range *range);
 uint64_t tm_range_bytes(const tm_range *range);
 void tm_range_release(tm_range *range);

@@ -32,8 +32,6 @@ typedef int tm_work(void *argument, uint64_t offset, uint64_t length);
  * Returns the first failure, after which no further step begins. */
 int tm_split(uint64_t bytes, uint64_t step, unsigned threads, tm_work *work, void *argument);
 
-int tm_segment_fd(const tm_segment *segment); /* the segment keeps it */
-
 /* tm_pagemap_open for a kernel that may lack PAGEMAP_SCAN, or process_madvise on a process's own memory. */
 int tm_pagemap_open_as(bool scans, bool vectored, tm_pagemap **pagemap);
 /* What the touch of this page costs after it was unmapped; does both. -EAGAIN: it cannot be unmapped; -EINVAL before

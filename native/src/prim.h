@@ -22,6 +22,7 @@ int tm_prim_create_unlinked(int dirfd, int *fd);          /* has no name, and ca
 int tm_prim_memory_file(const char *label, int hugetlb, int *fd);
 int tm_prim_open_read(int dirfd, const char *path, int *fd); /* dirfd < 0: path as it stands; -EINVAL unless regular */
 int tm_prim_reopen_read(int fd, int direct, int *again);     /* the same file, whatever its name is by now */
+int tm_prim_reopen_write(int fd, int *again);                /* the same, for reading and writing */
 int tm_prim_unlink(int dirfd, const char *name);
 int tm_prim_resize(int fd, uint64_t bytes);
 int tm_prim_size(int fd, uint64_t *bytes);

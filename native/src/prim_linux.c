@@ -108,6 +108,12 @@ int tm_prim_reopen_read(int fd, int direct, int *again) {
     return descriptor(RETRY(open(path, O_RDONLY | O_CLOEXEC | (direct ? O_DIRECT : 0))), again);
 }
 
+int tm_prim_reopen_write(int fd, int *again) {
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return descriptor(RETRY(open(path, O_RDWR | O_CLOEXEC)), again);
+}
+
 int tm_prim_unlink(int dirfd, const char *name) { return status_of(unlinkat(dirfd, name, 0)); }
 
 int tm_prim_resize(int fd, uint64_t bytes) { return status_of(RETRY(ftruncate(fd, (off_t)bytes))); }

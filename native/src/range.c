@@ -25,7 +25,9 @@ int tm_range_reserve(uint64_t bytes, tm_range **range) {
 }
 
 int tm_range_map(tm_range *range, uint64_t offset, int fd, uint64_t length, int mode) {
-    if (mode != TM_MAP_SHARED && mode != TM_MAP_COW) return -EINVAL;
+    static const enum tm_protection protections[] = {
+        [TM_MAP_SHARED] = TM_PROTECT_READ, [TM_MAP_COW] = TM_PROTECT_COW, [TM_MAP_FILL] = TM_PROTECT_WRITE};
+    if (mode != TM_MAP_SHARED && mode != TM_MAP_COW && mode != TM_MAP_FILL) return -EINVAL;
     if (length == 0 || !tm_within(offset, length, range->bytes)) return TM_E_RANGE;
     if (!tm_is_whole_pages(offset)) return TM_E_ALIGN;
     uint64_t size;
@@ -34,9 +36,10 @@ int tm_range_map(tm_range *range, uint64_t offset, int fd, uint64_t length, int 
     if (size < length) return TM_E_SHORT; /* touching a mapping behind the end of its file raises SIGBUS */
     /* A private copy of a reserved page needs another reserved page; without one the writer dies by SIGBUS. */
     if (mode == TM_MAP_COW && tm_prim_is_hugetlb(fd)) return -EOPNOTSUPP;
-    return tm_prim_map(range->address + offset, length, fd, 0,
-                       mode == TM_MAP_COW ? TM_PROTECT_COW : TM_PROTECT_READ);
+    return tm_prim_map(range->address + offset, length, fd, 0, protections[mode]);
 }
+
+int tm_range_protect(tm_range *range) { return tm_prim_protect_read(range->address, range->bytes); }
 
 void *tm_range_address(const tm_range *range) { return range->address; }
 

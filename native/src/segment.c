@@ -118,6 +118,13 @@ int tm_segment_seal(tm_segment *segment) {
 
 int tm_segment_share(const tm_segment *segment, int *fd) { return tm_prim_reopen_read(segment->fd, 0, fd); }
 
+int tm_segment_lend(tm_segment *segment, int *fd) {
+    pthread_rwlock_rdlock(&segment->sealing);
+    int status = segment->sealed ? TM_E_SEALED : tm_prim_reopen_write(segment->fd, fd);
+    pthread_rwlock_unlock(&segment->sealing);
+    return status;
+}
+
 void tm_segment_close(tm_segment *segment) {
     if (segment == NULL) return;
     tm_prim_unmap(segment->address, segment->bytes);

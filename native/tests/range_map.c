@@ -34,7 +34,8 @@ int main(void) {
     EXPECT(tm_range_map(range, 0, second, 0, TM_MAP_SHARED), TM_E_RANGE);
     EXPECT(tm_range_map(range, 4096, first, PAGE, TM_MAP_SHARED), TM_E_ALIGN);
     EXPECT(tm_range_map(range, 0, first, 2 * PAGE, TM_MAP_SHARED), TM_E_SHORT);
-    EXPECT(tm_range_map(range, 0, first, PAGE, 2), -EINVAL);
+    EXPECT(tm_range_map(range, 0, first, PAGE, 3), -EINVAL);
+    EXPECT(tm_range_map(range, 0, first, PAGE, TM_MAP_FILL), -EACCES); /* shared descriptors are for reading */
     EXPECT(tm_range_map(range, 0, -1, PAGE, TM_MAP_SHARED), -EBADF);
     EXPECT(bytes[0], 9); /* a refused mapping leaves what was there */
 

@@ -67,8 +67,8 @@ def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: Checkpoint
     assert entry == {
         "name": "llama", "path": str(written.path), "identity": model.manifest.identity, "tensors": 6, "segments": 3,
         "bytes": written.nbytes, "page_bytes": 3 * PAGE_BYTES, "resident_bytes": 3 * PAGE_BYTES,
-        "ready_bytes": written.nbytes, "state": "resident", "leases": 1, "readers": [os.getpid()], "pins": 1,
-        "opens": 1, "residency": {f"model.layers.{i}": "dram" for i in range(3)},
+        "ready_bytes": written.nbytes, "state": "resident", "fingerprint": {}, "leases": 1, "readers": [os.getpid()],
+        "pins": 1, "opens": 1, "residency": {f"model.layers.{i}": "dram" for i in range(3)},
     }  # fmt: skip
     assert figures.pop("check_only") is False
     assert figures.pop("read_bytes") == written.nbytes

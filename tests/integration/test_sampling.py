@@ -92,7 +92,7 @@ def sealed(kind: str, pages: int) -> Iterator[int]:
 
 
 def mapped(fd: int, pages: int = PAGES, *, cow: bool = False) -> tuple[_native.Range, npt.NDArray[np.uint8]]:
-    range_ = _native.Range.reserve(pages * PAGE_BYTES, cow=cow)
+    range_ = _native.Range.reserve(pages * PAGE_BYTES, _native.Access.COW if cow else _native.Access.SHARED)
     range_.map(0, fd, pages * PAGE_BYTES)
     return range_, np.frombuffer(range_.buffer(), np.uint8)
 

@@ -15,15 +15,15 @@ LAYERS = (
     {"tier_spec"},
     {"_native", "config", "dtypes", "durable", "host", "policy", "rpc", "runner"},
     {"addresses", "adoption", "catalog", "catalog_files", "checkpoint", "data_source", "digests", "heat",
-     "lease", "load", "loader", "memory", "page_facts", "paths", "perfdata", "rollup", "sampler", "segment", "source",
-     "spare", "symbols", "tier", "view"},
+     "fingerprint", "lease", "load", "loader", "lookup", "memory", "page_facts", "paths", "perfdata", "rollup", "sampler",
+     "segment", "source", "spare", "symbols", "tier", "view"},
     {"journal", "recording"},
     {"eviction", "migrator", "statistics", "steering", "tier_watch"},
     {"control", "tiering"},
     {"pool"},
-    {"metrics", "observer", "replay", "report", "server", "status"},
-    {"agent", "capture", "client", "embedded", "model", "opening", "reporting"},
-    {"numpy", "safe_open", "torch"},
+    {"images", "metrics", "observer", "replay", "report", "server", "status"},
+    {"agent", "capture", "client", "draft", "embedded", "model", "opening", "reporting"},
+    {"export", "mindspore", "numpy", "onnxruntime", "safe_open", "torch", "transformers"},
     {"adapters", "bench", "cli", "__init__", "__main__"},
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
@@ -34,7 +34,7 @@ ONLY = {
     "policy": {"errors", "policy", "types"},
     "rpc": {"errors", "types", "rpc"},
 }
-HEAVY = {"grpc", "torch", "transformers"}
+HEAVY = {"grpc", "mindspore", "onnxruntime", "sglang", "torch", "transformers", "vllm"}
 HEAVY_AT_TOP = {"tiermem.torch", "tiermem.client", "tiermem.server", "tiermem.rpc.server", "tiermem.rpc.channel"}
 
 

@@ -36,7 +36,7 @@ class Migrating(Bench):
         self.memory.__dict__["numa"] = self.kernel
         self.leases = LeaseTable()
         self.loading: set[str] = set()
-        self.eviction = Eviction(self.memory, self.leases, self.loading, lambda *_: None)
+        self.eviction = Eviction(self.memory, self.leases, self.loading, lambda *_: None, lambda record: None)
         self.migrator = Migrator(self.memory, self.journal, self.lock, Quota(quota), self.eviction.evict)
         self.stop = threading.Event()
 

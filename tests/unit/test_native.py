@@ -125,7 +125,7 @@ def test_arrays_outlive_their_range(shared: int) -> None:
 
 
 def test_copy_on_write_stays_private(shared: int) -> None:
-    space = _native.Range.reserve(2 * PAGE_BYTES, cow=True)
+    space = _native.Range.reserve(2 * PAGE_BYTES, _native.Access.COW)
     space.map(PAGE_BYTES, shared, PAGE_BYTES)
     array = np.frombuffer(space.buffer(), np.uint8)[PAGE_BYTES:]
     array[0] = 9

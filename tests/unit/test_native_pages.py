@@ -31,7 +31,7 @@ def memory_file() -> Iterator[int]:
 
 
 def mapped(fd: int, *, cow: bool = False) -> _native.Range:
-    range_ = _native.Range.reserve(PAGES * PAGE_BYTES, cow=cow)
+    range_ = _native.Range.reserve(PAGES * PAGE_BYTES, _native.Access.COW if cow else _native.Access.SHARED)
     range_.map(0, fd, PAGES * PAGE_BYTES)
     return range_
 

@@ -72,16 +72,7 @@ class FakePool:
     async def status(self, request: messages.StatusRequest, session: str) -> StatusReply:
         return StatusReply({"blob": bytes(5 << 20)} if request.name == "large" else {"session": session})
 
-    async def report(self, request: messages.ReportRequest, session: str) -> messages.Empty:
-        raise NotImplementedError
-
-    async def heat(self, request: messages.HeatRequest, session: str) -> messages.HeatReply:
-        raise NotImplementedError
-
-    async def policyset(self, request: messages.PolicySetRequest, session: str) -> messages.PolicySetReply:
-        raise NotImplementedError
-
-    async def policylog(self, request: messages.PolicyLogRequest, session: str) -> messages.PolicyLogReply:
+    async def unused(self, request: Any, session: str) -> Any:
         raise NotImplementedError
 
     async def watch(self, request: messages.WatchRequest, session: str) -> AsyncGenerator[messages.WatchEvent, None]:
@@ -91,12 +82,10 @@ class FakePool:
     async def release(self, request: messages.ReleaseRequest, session: str) -> Any:
         return object()
 
-    async def open(self, request: messages.OpenRequest, session: str) -> messages.OpenReply:
-        raise NotImplementedError
-
     unpin: Any = pin
     evict: Any = release
     remove: Any = release
+    open = report = heat = paths = policyset = policylog = imagecreate = imageseal = imageopen = unused
 
 
 class Served:

@@ -28,7 +28,7 @@ def mapped(pages: int, *, cow: bool = False) -> tuple[_native.Range, npt.NDArray
     """A sparse memory file of zeros, mapped, and its bytes."""
     fd = os.memfd_create("model", os.MFD_CLOEXEC)
     os.truncate(fd, pages * PAGE_BYTES)
-    range_ = _native.Range.reserve(pages * PAGE_BYTES, cow=cow)
+    range_ = _native.Range.reserve(pages * PAGE_BYTES, _native.Access.COW if cow else _native.Access.SHARED)
     range_.map(0, fd, pages * PAGE_BYTES)
     os.close(fd)
     return range_, np.frombuffer(range_.buffer(), np.uint8)

@@ -8,6 +8,7 @@ inside, and closing under a live array are all safe; using a closed wrapper rais
 from tiermem._native.door import E_ALIGN, E_RANGE, E_SEALED, E_SHORT, PAGE_BYTES, check, ffi, lib, version
 from tiermem._native.files import Reader, Staging
 from tiermem._native.memory import (
+    Access,
     Range,
     RangeReference,
     Segment,
@@ -26,7 +27,7 @@ from tiermem._native.sweep import FOREIGN, HELD, PINNED, Sweep, Swept
 __all__ = [
     "E_ALIGN", "E_RANGE", "E_SEALED", "E_SHORT", "HUGE", "PAGE_BYTES", "PRESENT", "PRIVATE",
     "FOREIGN", "HELD", "PINNED",
-    "Pagemap", "Range", "RangeReference", "Reader", "Segment", "Staging", "Stock", "Sweep", "Swept",
+    "Access", "Pagemap", "Range", "RangeReference", "Reader", "Segment", "Staging", "Stock", "Sweep", "Swept",
     "MOVED", "NODE_ABSENT", "NODE_MIXED", "WAS_THERE", "Numa", "Probe",
     "RECORD", "Count", "Decoded", "Decoder", "Event", "Layout", "Ring", "Spe", "decode_spe",
     "check", "copy", "ffi", "lib", "tmpfs_detached", "tmpfs_mount", "tmpfs_resize", "tmpfs_unmount", "version",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 from tiermem._native.door import Handle, check, ffi, lib, memory, path_bytes
@@ -96,6 +97,17 @@ class Segment(Handle):
         check(lib.tm_segment_share(self.live(), fd), f"cannot share segment {self._name}")
         return int(fd[0])
 
+    def lend(self) -> int:
+        """The same, but writable, for whoever fills the segment. Raises NativeError once it is sealed."""
+        fd = ffi.new("int *")
+        check(lib.tm_segment_lend(self.live(), fd), f"cannot lend segment {self._name}")
+        return int(fd[0])
+
+    @property
+    def fileno(self) -> int:
+        """The segment's own descriptor, which stays the segment's."""
+        return int(lib.tm_segment_fd(self.live()))
+
 
 class Stock(Handle):
     """Prefaulted memory of a backing, kept ahead of need."""
@@ -125,17 +137,26 @@ class Stock(Handle):
         return int(taken[0])
 
 
+class Access(Enum):
+    """How a range's memory may be used: read, written to privately, or written to for all (an unsealed segment)."""
+
+    SHARED = lib.TM_MAP_SHARED
+    COW = lib.TM_MAP_COW
+    FILL = lib.TM_MAP_FILL
+
+
 class Range(Handle):
     """One aligned run of addresses in which segments are mapped side by side; unmapped with its last buffer.
 
-    Shared and read-only, or copy-on-write (`cow`). Touching a part of it that nothing is mapped in is a crash.
+    Shared and read-only, copy-on-write, or being filled (see `Access`). Touching a part of it that nothing is mapped in
+    is a crash.
     """
 
     noun = "range"
 
-    def __init__(self, handle: Any, *, cow: bool) -> None:
+    def __init__(self, handle: Any, access: Access) -> None:
         self.nbytes: int = lib.tm_range_bytes(handle)
-        self.cow = cow
+        self.access = access
         # Shared with the destructor, which must not hold the wrapper itself.
         self._before, self._after = before, after = list[Callable[[], None]](), list[Callable[[], None]]()
 
@@ -149,11 +170,15 @@ class Range(Handle):
         super().__init__(handle, release, f"of {self.nbytes} bytes")
 
     @classmethod
-    def reserve(cls, nbytes: int, *, cow: bool = False) -> Range:
+    def reserve(cls, nbytes: int, access: Access = Access.SHARED) -> Range:
         """Addresses for `nbytes`, rounded up to pages, 2 MiB aligned. Raises NativeError."""
         made = ffi.new("tm_range **")
         check(lib.tm_range_reserve(nbytes, made), f"cannot reserve {nbytes} bytes of addresses")
-        return cls(made[0], cow=cow)
+        return cls(made[0], access)
+
+    @property
+    def cow(self) -> bool:
+        return self.access is Access.COW
 
     def before_release(self, callback: Callable[[], None]) -> None:
         """Have `callback` called just before the memory is unmapped, possibly from inside a garbage collection."""
@@ -169,14 +194,18 @@ class Range(Handle):
 
     def map(self, offset: int, fd: int, length: int) -> None:
         """Map the first `length` bytes of file `fd` at `offset`, a multiple of a page. The caller keeps `fd`."""
-        mode = lib.TM_MAP_COW if self.cow else lib.TM_MAP_SHARED
-        status = lib.tm_range_map(self.live(), offset, fd, length, mode)
+        status = lib.tm_range_map(self.live(), offset, fd, length, self.access.value)
         check(status, f"cannot map {length} bytes at {offset} of a range of {self.nbytes}")
 
+    def protect(self) -> None:
+        """What was filled is shared and read-only from now on; who writes through an older buffer crashes."""
+        check(lib.tm_range_protect(self.live()), f"cannot protect a range of {self.nbytes} bytes")
+        self.access = Access.SHARED
+
     def buffer(self) -> memoryview:
-        """All bytes of the range; writable if it is copy-on-write."""
+        """All bytes of the range; writable unless it is shared."""
         handle = self.live()
-        return memory(lib.tm_range_address(handle), self.nbytes, handle, writable=self.cow)
+        return memory(lib.tm_range_address(handle), self.nbytes, handle, writable=self.access is not Access.SHARED)
 
     def reference(self) -> RangeReference:
         """The range without a share in it."""
