@@ -120,16 +120,17 @@ class PolicyProcess:
         """The line of that file where the child is now, if it can be had: faulthandler tells, even inside of C."""
         self._drain()
         earlier, self._printed = self._printed, bytearray()
+        line = None
         pattern = re.compile(rb'File "%b", line (\d+)' % re.escape(os.fsencode(path)))
         deadline = time.monotonic() + _WHERE_S
         self._child.send_signal(signal.SIGUSR1)
-        found = None
-        while not found and time.monotonic() < deadline:
+        while line is None and time.monotonic() < deadline:
             _poll(((self._err, select.POLLIN), (self._pidfd, select.POLLIN)), deadline - time.monotonic())
             self._drain()
-            found = pattern.search(self._printed)
+            if found := pattern.search(self._printed):
+                line = int(found[1])  # now: a match of a bytearray reads from it when it is asked
         self._printed[:0] = earlier
-        return int(found[1]) if found else None
+        return line
 
     def kill(self) -> None:
         """End the child and all that it started. Safe to call again."""
