@@ -51,8 +51,11 @@ class Sweep(Handle):
         made = ffi.new("tm_sweep **")
         owner = pagemap.live()
         check(lib.tm_sweep_open(owner, made), "cannot make a sweep")
+        # A garbage collection that finds this sweep and its mappings together may end them in any order.
+        self._ended = ended = list[bool]()
 
         def close(sweep: Any, pagemap: Any = owner) -> None:
+            ended.append(True)
             lib.tm_sweep_close(sweep)
 
         super().__init__(made[0], close, "of this process")
@@ -73,8 +76,8 @@ class Sweep(Handle):
     def drop(self, key: int) -> None:
         """Forget a mapping; when this returns, no turn touches its memory. An unknown key and a closed sweep are no
         error: memory may be unmapped by whoever holds its last array."""
-        handle = self._handle
-        if handle is not None and os.getpid() == self._pid:
+        handle = self._reachable()
+        if handle is not None:
             lib.tm_sweep_drop(handle, key)
         self._arrays.pop(key, None)
 
@@ -98,9 +101,13 @@ class Sweep(Handle):
 
     def wake(self) -> None:
         """Have a run, now or the next one, end after its turn."""
-        handle = self._handle
-        if handle is not None and os.getpid() == self._pid:
+        handle = self._reachable()
+        if handle is not None:
             lib.tm_sweep_wake(handle)
+
+    def _reachable(self) -> Any | None:
+        """The handle, unless it was closed or is the parent's."""
+        return self._handle if not self._ended and os.getpid() == self._pid else None
 
 
 def _windows(
