@@ -107,9 +107,10 @@ def _nbytes(tensor: ImageTensor) -> int:
     if bits is None:
         raise ProtocolError(f"image tensor {tensor.name!r} has the unknown dtype {tensor.dtype!r}")
     shape = tensor.shape
-    if len(shape) > _MAX_RANK or not all(0 <= length < _MAX_LENGTH for length in shape):
+    bounded = len(shape) <= _MAX_RANK and all(0 <= length < _MAX_LENGTH for length in shape)
+    nbytes, rest = divmod(prod(shape) * bits, 8) if bounded else (_MAX_LENGTH, 0)
+    if nbytes >= _MAX_LENGTH:
         raise ProtocolError(f"image tensor {tensor.name!r} has the shape {list(shape[:8])}, of {len(shape)} dimensions")
-    nbytes, rest = divmod(prod(shape) * bits, 8)
     if rest:
         raise ProtocolError(f"image tensor {tensor.name!r} of {tensor.dtype}{list(shape)} ends within a byte; pad it")
     return nbytes

@@ -15,7 +15,7 @@ GIB = 1 << 30
 MODEL = {
     "name": "llama", "path": "/models/llama", "identity": "ab" * 32, "tensors": 291, "segments": 34,
     "bytes": 15 * GIB, "page_bytes": 15 * GIB, "resident_bytes": 15 * GIB, "ready_bytes": 15 * GIB,
-    "state": "resident", "leases": 3, "readers": (11, 12), "pins": 1, "opens": 7,
+    "state": "resident", "fingerprint": {}, "leases": 3, "readers": (11, 12), "pins": 1, "opens": 7,
     "residency": {"embeddings": "dram", "layers.0": "dram", "layers.1": "disk", "layers.2": "dram", "head": "dram"},
     "last_load": None,
 }  # fmt: skip
@@ -142,6 +142,17 @@ def test_status_of_a_model_shows_runs_of_layers(answer: dict[str, Any], capsys: 
         ["2", "embeddings", "...", "layers.0", "dram"], ["1", "layers.1", "disk"],
         ["2", "layers.2", "...", "head", "dram"],
     ]  # fmt: skip
+
+
+def test_status_of_an_image_shows_what_it_is_of(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"tp": "2", "engine": "vllm 0.32.0", "checkpoint": "f" * 300}
+    answer["models"] = (MODEL | {"state": "draft", "path": "image:00ff", "fingerprint": fields},)
+    assert cli.main(["status"]) == 0
+    assert ["llama", "draft", "15.0", "GiB", "3", "2", "1", "7"] in map(str.split, capsys.readouterr().out.splitlines())
+    assert cli.main(["status", "llama"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows.index(["engine", "vllm", "0.32.0"]) < rows.index(["tp", "2"])
+    assert sum(row[-1].count("f") for row in rows if row and set(row[-1]) == {"f"}) == 300
 
 
 def test_status_warns_of_what_went_wrong(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

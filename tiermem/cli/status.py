@@ -18,7 +18,7 @@ from tiermem.units import format_bytes, format_rate, format_seconds
 @address_flag
 @json_flag
 def command(name: str | None, as_json: bool, **flags: Any) -> None:
-    """Show the pool's tiers and models, or of the model NAME also where each layer is."""
+    """Show the pool's tiers and models, or of the model NAME also where each layer is, and what an image is of."""
     from tiermem.client import Client
 
     with Client(load_config(flags).address) as client:
@@ -103,6 +103,9 @@ def _show_model(model: dict[str, Any]) -> None:
         f"{_state(model)}, {format_bytes(model['bytes'])} in {model['tensors']} tensors, {model['leases']} leases, "
         f"{model['pins']} pins, {model['opens']} opens, readers: {readers}"
     )
+    if model["fingerprint"]:
+        output.line("")
+        output.table(("fingerprint", "value"), sorted(model["fingerprint"].items()))
     output.line("")
     # Neighbours in the same tier share a row: a model has up to hundreds of layers, mostly in few runs.
     runs = [(tier, [layer for layer, _ in run]) for tier, run in groupby(model["residency"].items(), lambda x: x[1])]
