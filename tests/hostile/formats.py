@@ -347,10 +347,10 @@ CORPUS: dict[str, Case] = {
     "ckpt of a map": _bad("ckpt", message((1, message((1, b"a"), (3, b"")))), "is a map parameter"),
     "ckpt of an unknown type": _bad("ckpt", ckpt(("a", "Int4", (2,), b"\0")), "has the type 'Int4'"),
     "ckpt size wrong": _bad("ckpt", ckpt(("a", "Int8", (2,), bytes(3))), "takes 2 bytes, but has 3"),
-    "ckpt in slices": _bad(
-        "ckpt", ckpt(("a", "Int8", (4,), bytes(2)), ("a", "Int8", (4,), bytes(2))), "several slices"
+    "ckpt slices too short": _bad(
+        "ckpt", ckpt(("a", "Int8", (4,), bytes(2)), ("a", "Int8", (4,), bytes(1))), "has 3 in 2 slices"
     ),
-    "ckpt tensor twice": _bad("ckpt", ckpt(*[("a", "Int8", (4,), bytes(4))] * 2), "several slices"),
+    "ckpt tensor twice": _bad("ckpt", ckpt(*[("a", "Int8", (4,), bytes(4))] * 2), "has 8 in 2 slices"),
     "ckpt shape negative": _bad("ckpt", ckpt(("a", "Int8", (-4,), bytes(4))), "-4 is no size"),
     "ckpt encrypted": _bad("ckpt", bytes.fromhex("d85e3a7f") + bytes(60), "is an encrypted MindSpore checkpoint"),
     "ckpt truncated": _bad("ckpt", GOOD["ckpt"][:-1], "but its message at"),

@@ -69,21 +69,54 @@ def test_every_type_is_served(end: bytes, tmp_path: Path, pool: EmbeddedPool) ->
         assert np.array_equal(served[kind], array)
 
 
-def test_scalars_empty_tensors_and_names(tmp_path: Path, pool: EmbeddedPool) -> None:
+def test_scalars_empty_tensors_strings_and_names(tmp_path: Path, pool: EmbeddedPool) -> None:
     path = saved(
         tmp_path / "m.ckpt", ("step", "Int32", (), b"\7\0\0\0"), ("none", "Float32", (0, 3), b""),
-        ("backbone.layers.3.\u00e9", "Int8", (1,), b"\1"), ("note", "str", (), b"h\0\0\0"),
+        ("old", "Float16", (0,), b"\0\x3c"), ("backbone.layers.3.\u00e9", "Int8", (1,), b"\1"),
+        ("note", "str", (0,), "h\u00e9".encode("utf-32-le")), ("long", "str", (0,), bytes(20000)),
+        ("tiermem.sliced.note", "str", (0,), "[1]".encode("utf-32-le")),
     )  # fmt: skip
     served = tiermem.numpy.load_model(path)
     assert {name: array.tolist() for name, array in served.items()} == {
-        "step": 7, "none": [], "backbone.layers.3.\u00e9": [1]
+        "step": 7, "none": [], "old": 1.0, "backbone.layers.3.\u00e9": [1]
     }  # fmt: skip
     manifest = open_checkpoint(path)
-    assert manifest.files[0].metadata == {"tiermem.skipped.note": "str"}
+    assert manifest.files[0].metadata == {
+        "note": "h\u00e9", "tiermem.skipped.long": "str", "tiermem.skipped.tiermem.sliced.note": "str"
+    }  # fmt: skip
     assert "backbone.layers.3" in {segment.layer for segment in manifest.segments}
 
 
-def test_slices_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    halves = (("big", "Int8", (4,), b"\1\2"), ("big", "Int8", (4,), b"\3\4"))
-    with pytest.raises(CheckpointError, match=r"tensor 'big'.*slices.*format='safetensors'"):
-        open_checkpoint(saved(tmp_path / "m.ckpt", *halves))
+def test_slices_are_tensors_of_one_dimension_in_order(tmp_path: Path, pool: EmbeddedPool) -> None:
+    whole = np.arange(1000, 1008, dtype=np.int16).reshape(2, 2, 2)
+    parts = [whole.tobytes()[start : start + 6] for start in (0, 6, 12)]
+    path = saved(
+        tmp_path / "m.ckpt", ("a", "Int8", (1,), b"\5"), *(("layers.0.w", "Int16", (2, 2, 2), part) for part in parts),
+        ("z", "Int8", (1,), b"\6"),
+    )  # fmt: skip
+    assert open_checkpoint(path).files[0].metadata == {"tiermem.sliced.layers.0.w": "[2, 2, 2]"}
+    served = tiermem.numpy.load_model(path)
+    assert {name: array.tolist() for name, array in served.items()} == {
+        "a": [5], "layers.0.w.slice.0": [1000, 1001, 1002], "layers.0.w.slice.1": [1003, 1004, 1005],
+        "layers.0.w.slice.2": [1006, 1007], "z": [6],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([("w", "Int8", (4,), b"\1\2"), ("w", "Int8", (4,), b"\3")], "takes 4 bytes, but has 3 in 2 slices"),
+        ([("w", "Int8", (4,), b"\1\2"), ("w", "UInt8", (4,), b"\3\4")], "slice 1 has type 'UInt8'"),
+        ([("w", "Int8", (4,), b"\1\2"), ("w", "Int8", (2, 2), b"\3\4")], r"slice 1 has .* shape \(2, 2\)"),
+        ([("w", "Int16", (2,), b"\1"), ("w", "Int16", (2,), b"\2\3\4")], "slice 0 has .* 1 bytes"),
+        ([("w", "Int8", (1,), b"\1"), ("v", "Int8", (1,), b"\1"), ("w", "Int8", (1,), b"\1")], "is in the file twice"),
+        ([("w", "Int8", (2,), b"\1"), ("w", "Int8", (2,), b"\1"), ("w.slice.1", "Int8", (1,), b"\1")], "twice"),
+        ([("w", "str", (0,), b"a\0\0\0"), ("w", "str", (0,), b"b\0\0\0")], "has the type 'str'"),
+        ([("w", "str", (0,), b"\0\0\0\1")], "utf-32"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_fit_together_are_refused(
+    values: list[tuple[str, str, tuple[int, ...], bytes]], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(saved(tmp_path / "m.ckpt", *values))

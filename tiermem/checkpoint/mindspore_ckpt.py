@@ -12,6 +12,8 @@ The file is a protobuf message, `checkpoint.proto` of MindSpore:
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from tiermem.checkpoint.cursor import Cursor, Span, Unusable, open_header
@@ -22,10 +24,13 @@ from tiermem.checkpoint.strict_json import shown
 from tiermem.types import CheckpointFile
 
 ENDING = ".ckpt"
+SLICED = "tiermem.sliced."
+"""What the metadata's key of a tensor in slices begins with, before its tag."""
 
 _MAX_TENSORS = 1 << 17
 _MAX_NAME_BYTES = 4096
 _MAX_TYPE_BYTES = 64
+_MAX_STRING_BYTES = 16 << 10
 _MAX_DIMENSIONS = 64
 _CRC, _CRC_BYTES = b"crc_num", 17
 _ENCRYPTED = tuple(number.to_bytes(4, "little") for number in (0x7F3A5ED8, 0x7F3A5ED9, 0x7F3A5EDA))
@@ -55,8 +60,10 @@ class _Value(NamedTuple):
 def read_mindspore(path: str, number: int) -> tuple[CheckpointFile, list[RawTensor]]:
     """Facts and tensors, ordered by offset, of the MindSpore checkpoint at `path`, file `number` of a checkpoint.
 
-    Strings are left out, and the file's metadata says so: `tiermem.skipped.TAG`. Raises CheckpointError (malformed,
-    encrypted, of a type that is not read; a tensor in slices, as MindSpore writes those above 512 MiB),
+    A tensor in slices, as MindSpore writes those above 512 MiB, comes as one tensor of one dimension per slice,
+    `TAG.slice.0` and so on, and the file's metadata has the shape of the whole, `[80000, 4096]`, as
+    `tiermem.sliced.TAG`. Strings are in the metadata; of long ones it says that they were left out:
+    `tiermem.skipped.TAG`. Raises CheckpointError (malformed, encrypted, of a type that is not read),
     CheckpointNotFound, CheckpointChanged, AccessDenied, ReadError.
     """
     with open_header(path) as (cursor, facts):
@@ -64,18 +71,20 @@ def read_mindspore(path: str, number: int) -> tuple[CheckpointFile, list[RawTens
             raise Unusable(f"is an encrypted MindSpore checkpoint; load it with its key, and {_AS_SAFETENSORS}")
         metadata: dict[str, str] = {}
         tensors: dict[str, RawTensor] = {}
-        for field in fields(cursor, Span(0, _end(cursor))):
-            if field.number != _VALUE or field.wire != BYTES:
-                raise ValueError(f"byte {field.span.start}: protobuf field {field.number} is no value of a checkpoint")
-            value = _value(cursor, field.span)
-            if value.tag in tensors:
-                raise Unusable(f"tensor {shown(value.tag)} is in several slices, which are not read; {_AS_SAFETENSORS}")
-            if len(tensors) == _MAX_TENSORS:
+        for tag, of_tag in groupby(_values(cursor), lambda value: value.tag):
+            slices = list(of_tag)
+            if slices[0].dtype == _STRING and len(slices) == 1:
+                metadata |= _string(cursor, slices[0])
+                continue
+            found = _raw(slices, number)
+            if len(slices) > 1:
+                metadata[SLICED + tag] = str(list(slices[0].shape))
+            for tensor in found:
+                if tensor.name in tensors:
+                    raise ValueError(f"tensor {shown(tensor.name)} is in the file twice, with others between")
+                tensors[tensor.name] = tensor
+            if len(tensors) > _MAX_TENSORS:
                 raise ValueError(f"the file has more than {_MAX_TENSORS} tensors, more than any sane one")
-            if value.dtype == _STRING:
-                metadata[f"tiermem.skipped.{value.tag}"] = _STRING
-            else:
-                tensors[value.tag] = _raw(value, number)
         return CheckpointFile(path, *facts, cursor.digest, metadata or None), list(tensors.values())
 
 
@@ -85,6 +94,13 @@ def _end(cursor: Cursor) -> int:
         return cursor.size
     cursor.at = cursor.size - _CRC_BYTES
     return cursor.at if cursor.peek(len(_CRC)) == _CRC else cursor.size
+
+
+def _values(cursor: Cursor) -> Iterator[_Value]:
+    for field in fields(cursor, Span(0, _end(cursor))):
+        if field.number != _VALUE or field.wire != BYTES:
+            raise ValueError(f"byte {field.span.start}: protobuf field {field.number} is no value of a checkpoint")
+        yield _value(cursor, field.span)
 
 
 def _value(cursor: Cursor, message: Span) -> _Value:
@@ -120,20 +136,39 @@ def _tensor(cursor: Cursor, tag: str, message: Span) -> _Value:
     return _Value(tag, dtype, tuple(dims), content.span)
 
 
-def _raw(value: _Value, number: int) -> RawTensor:
-    tag, dtype, shape, content = value
-    if dtype not in _DTYPES:
-        raise Unusable(f"tensor {shown(tag)} has the type {shown(dtype)}, which is not read; {_AS_SAFETENSORS}")
-    nbytes = nbytes_of(tag, _DTYPES[dtype], shape)
-    if content.length < nbytes:
-        # The first slice of several; it has all of the tensor's dimensions.
-        raise Unusable(
-            f"tensor {shown(tag)} of type {dtype} and shape {shown(shape)} takes {nbytes} bytes, but has "
-            f"{content.length}, so it is cut off or in several slices, which are not read; {_AS_SAFETENSORS}"
-        )
-    if content.length != nbytes:
+def _string(cursor: Cursor, value: _Value) -> dict[str, str]:
+    """A string as metadata; numpy wrote it, so it is in UTF-32."""
+    if value.content.length > _MAX_STRING_BYTES or value.tag.startswith("tiermem."):
+        return {f"tiermem.skipped.{value.tag}": _STRING}
+    cursor.at = value.content.start
+    return {value.tag: cursor.take(value.content.length).decode("utf-32-le").rstrip("\0")}
+
+
+def _raw(slices: Sequence[_Value], number: int) -> list[RawTensor]:
+    """The tensor of these slices, which are all of one tag, or a tensor for each of several."""
+    tag, kind, shape, content = slices[0]
+    if kind not in _DTYPES:
+        raise Unusable(f"tensor {shown(tag)} has the type {shown(kind)}, which is not read; {_AS_SAFETENSORS}")
+    dtype, length = _DTYPES[kind], sum(value.content.length for value in slices)
+    element = nbytes_of(tag, dtype, ())
+    if shape == (0,) and length == element:
+        shape = ()  # as MindSpore before 2.0 writes scalars, and later ones still read them
+    nbytes = nbytes_of(tag, dtype, shape)
+    several = f" in {len(slices)} slices" if len(slices) > 1 else ""
+    if length != nbytes:
         raise ValueError(
-            f"tensor {shown(tag)} of type {dtype} and shape {shown(shape)} takes {nbytes} bytes, but has "
-            f"{content.length}"
+            f"tensor {shown(tag)} of type {kind} and shape {shown(shape)} takes {nbytes} bytes, but has "
+            f"{length}{several}"
         )
-    return RawTensor(tag, _DTYPES[dtype], shape, number, content.start, nbytes)
+    if not several:
+        return [RawTensor(tag, dtype, shape, number, content.start, nbytes)]
+    raw = []
+    for i, value in enumerate(slices):
+        if (value.dtype, value.shape) != (kind, shape) or value.content.length % element:
+            raise ValueError(
+                f"tensor {shown(tag)} has slices of type {kind} and shape {shown(shape)}, but slice {i} has type "
+                f"{shown(value.dtype)}, shape {shown(value.shape)} and {value.content.length} bytes"
+            )
+        count = value.content.length // element
+        raw.append(RawTensor(f"{tag}.slice.{i}", dtype, (count,), number, value.content.start, value.content.length))
+    return raw
