@@ -35,7 +35,10 @@ ONLY = {
     "rpc": {"errors", "types", "rpc"},
 }
 HEAVY = {"grpc", "mindspore", "onnxruntime", "sglang", "torch", "transformers", "vllm"}
-HEAVY_AT_TOP = {"tiermem.torch", "tiermem.client", "tiermem.server", "tiermem.rpc.server", "tiermem.rpc.channel"}
+HEAVY_AT_TOP = {
+    "tiermem.torch", "tiermem.client", "tiermem.server", "tiermem.rpc.server", "tiermem.rpc.channel",
+    "tiermem.adapters.vllm_loader", "tiermem.adapters.sglang_loader",
+}  # fmt: skip
 
 
 def modules(root: Path) -> Iterator[tuple[str, Path]]:

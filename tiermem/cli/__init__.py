@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("tiermem.cli.serve", "Run the pool of this host in the foreground."),
     "load": ("tiermem.cli.load", "Load a checkpoint into the pool."),
     "unload": ("tiermem.cli.unload", "Remove a model from the pool."),
+    "export": ("tiermem.cli.export", "Make a directory from which engines read a model in the pool."),
     "status": ("tiermem.cli.status", "Show tiers, models, residency and leases."),
     "top": ("tiermem.cli.top", "Show live which models, layers and pages are used."),
     "record": ("tiermem.cli.record", "Record which weights are used, into a file."),
