@@ -127,8 +127,10 @@ def test_silent_change_is_found_by_its_digest(daemon: Daemon, weights: Weights, 
     assert daemon.serves(weights.at(disk.path))
     empty(daemon)
     rewrite(weights.files[2], keep_time=True)
+    gate = disk.gate(weights.files[2].name, 100_000)
     with daemon.client() as client, client.open(disk.path) as model:
         assert model[layer(0)].tobytes() == weights.tensors[layer(0)]
+        gate.open()
         with pytest.raises(DigestMismatch, match=r"tensor 'model\.layers\.2\.weight' has digest .* restore the file"):
             model.wait()
     assert list(daemon.segments.iterdir()) == []
