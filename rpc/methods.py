@@ -27,8 +27,8 @@ class Method:
         return f"/{SERVICE}/{self.name}"
 
 
-# Open is not idempotent, nor what opens or creates an image: each call is a new lease. Pins are counted. A second Remove
-# would not find the model.
+# Open is not idempotent, nor what opens or creates an image: each call is a new lease. Pins are counted. A second
+# Remove would not find the model.
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (

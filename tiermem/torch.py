@@ -29,7 +29,7 @@ _NAMES = {
     "C64": "complex64", "F4": "float4_e2m1fn_x2", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, attribute) for name, attribute in _NAMES.items() if hasattr(torch, attribute)
 }
 
@@ -102,7 +102,7 @@ def part_of(model: Model, name: str, index: Any, device: Device) -> torch.Tensor
 
 def _layout(info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
     """A tensor's dtype and shape in torch, which counts pairs of F4."""
-    dtype = _DTYPES.get(info.dtype)
+    dtype = DTYPES.get(info.dtype)
     if dtype is None:
         raise ReaderError(f"Dtype not understood: {info.dtype}; take the tensor's bytes: model.raw({info.name!r})")
     if info.dtype != "F4":
