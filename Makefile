@@ -137,7 +137,8 @@ $(VENV)/installed-engines: $(VENV)/installed-models
 # SGLang itself needs CUDA. What its model loaders import, without what they compute with.
 build/engines/sglang: | $(VENV)/pyvenv.cfg
 	rm -rf $@.unfinished
-	$(PIP) --no-deps --no-compile --target $@.unfinished sglang==0.5.23 orjson==3.13.0 ipython==9.18.1 traitlets==5.16.1
+	$(PIP) --no-deps --no-compile --target $@.unfinished sglang==0.5.23 orjson==3.13.0 ipython==9.18.1 traitlets==5.16.1 \
+	  gguf==0.19.0
 	mv $@.unfinished $@
 
 FORCE:
