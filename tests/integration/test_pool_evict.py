@@ -219,6 +219,7 @@ def test_a_policy_cannot_evict_what_is_leased(
     leased, idle, third = (checkpoint(name, seed=i) for i, name in enumerate(("leased", "idle", "third")))
     pool = embedded(tier=dram(4 * PAGE_BYTES), policy=str(tmp_path / "mine.py"))
     with pool.open(leased.path) as model:
+        model.wait()
         pool.load(idle.path)
         with pytest.raises(CapacityError, match="held by the policy"):
             pool.load(third.path)
