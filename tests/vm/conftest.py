@@ -22,31 +22,43 @@ KINDS = {
     "numa": "a second, CPU-less NUMA node",
     "cxl": "a memory-only node of CXL memory",
 }
-GUEST = os.environ.get("VM_GUEST", "")
+DEVICES = {"rxe": "an RDMA device"}
+GUEST = frozenset(filter(None, os.environ.get("VM_GUEST", "").split(",")))
 HERE = Path(__file__).parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for kind, what in KINDS.items():
+    for kind, what in (KINDS | DEVICES).items():
         config.addinivalue_line("markers", f"{kind}: needs {what}: runs in `tests/vm/guest --{kind}`")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ours = [item for item in items if item.path.parent == HERE]
     for item in ours:
-        if not kinds_of(item):
+        if not kinds_of(item) and not devices_of(item):
             item.add_marker("numa")  # the guest that is quickest
         if not GUEST:
-            wanted = " or ".join(KINDS[kind] for kind in kinds_of(item))
+            kinds = " or ".join(KINDS[kind] for kind in kinds_of(item))
+            wanted = " and ".join(filter(None, [kinds, *(DEVICES[device] for device in devices_of(item))]))
             item.add_marker(pytest.mark.skip(reason=f"needs {wanted} that it may fill and take away: make test-vm"))
-    others = [item for item in ours if GUEST and GUEST not in kinds_of(item)]
+    others = [item for item in ours if GUEST and not runs_here(item)]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
 
 
 def kinds_of(item: pytest.Item) -> list[str]:
-    """The guests that a test is for."""
+    """The guests that a test is for, any of them."""
     return [kind for kind in KINDS if item.get_closest_marker(kind)]
+
+
+def devices_of(item: pytest.Item) -> list[str]:
+    """What the guest of a test must have besides, all of it."""
+    return [device for device in DEVICES if item.get_closest_marker(device)]
+
+
+def runs_here(item: pytest.Item) -> bool:
+    kinds = kinds_of(item)
+    return GUEST.issuperset(devices_of(item)) and not (kinds and GUEST.isdisjoint(kinds))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -81,7 +93,7 @@ SCALES = {"numa": Scale("104MiB", 16, 4, 1000), "cxl": Scale("8MiB", 2, 2, 60)}
 
 @pytest.fixture(scope="session")
 def scale() -> Scale:
-    return SCALES[GUEST]
+    return next(SCALES[kind] for kind in KINDS if kind in GUEST)
 
 
 @pytest.fixture(scope="session")
