@@ -10,15 +10,16 @@ NATIVE := CMakeLists.txt setup.py $(wildcard native/*.py native/*/*.[ch])
 INSTALLED := $(VENV)/installed
 TESTS := tests/unit tests/integration tests/hostile
 TEST_VM := $(BIN)/python -m pytest tests/vm -p no:cacheprovider --timeout 600 --durations 0 --durations-min 1
+needs = @command -v $(1) > /dev/null || { echo "$(1) is missing; on Debian and Ubuntu: apt-get install $(1)" >&2; exit 1; }
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help demo test test-native test-python test-vm test-engines check sanitize conformance wheel clean
-.PHONY: bench bench-sampling bench-policies bench-replay
+.PHONY: bench bench-sampling bench-policies bench-replay bench-peer bench-control
 
 help:
 	@echo "make demo         show it all on this machine in a minute"
 	@echo "make test         the tests: native core, then unit, integration, hostile"
-	@echo "make test-vm      memory tiers on real kernels: tests/vm in virtual machines"
+	@echo "make test-vm      memory tiers and RDMA on real kernels: tests/vm in virtual machines"
 	@echo "make test-engines vLLM, transformers, ONNX Runtime, llama.cpp, MindSpore and SGLang's package: tests/engines"
 	@echo "make check        style and types"
 	@echo "make sanitize     the native tests under ASan+UBSan and under TSan"
@@ -27,6 +28,8 @@ help:
 	@echo "make bench-sampling  access statistics: decoding, heat, what sampling costs and finds"
 	@echo "make bench-policies  what a view of a million pages costs each policy, and a pool at rest its host"
 	@echo "make bench-replay  how fast traces are generated, replayed and put to the oracle"
+	@echo "make bench-peer   weights from pool to pool over TCP, beside iperf3; PEER=--mooncake PYTHON for Mooncake too"
+	@echo "make bench-control  control calls of clients and peers, beside bare gRPC"
 	@echo "make wheel        a wheel in dist/"
 	@echo "make clean        remove all that make made"
 
@@ -87,6 +90,15 @@ bench-policies: $(INSTALLED)
 
 bench-replay: $(INSTALLED)
 	$(BIN)/python -m tests.bench.replay
+
+bench-peer: $(INSTALLED)
+	$(call needs,iperf3)
+	$(call needs,openssl)
+	$(BIN)/python -m tests.bench.peer $(PEER)
+
+bench-control: $(INSTALLED)
+	$(call needs,openssl)
+	$(BIN)/python -m tests.bench.control
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -18,15 +18,13 @@ import grpc._channel  # gRPC would import it at the first channel: several ms in
 from tiermem.errors import Closed, DaemonUnreachable, DeadlineExceeded, ProtocolError, TiermemError
 from tiermem.rpc import codec
 from tiermem.rpc.messages import ERROR_KEY, SESSION_KEY, Failure
-from tiermem.rpc.methods import METHODS, Method
+from tiermem.rpc.methods import METHODS, PEER_KEEPALIVE_S, PEER_METHODS, Method
 
 RETRY_PAUSES_S = (0.05, 0.15)
 """Before the second and third try of an idempotent call; together longer than the first reconnect's back-off."""
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", codec.MAX_MESSAGE_BYTES),
-    ("grpc.default_authority", "localhost"),
     ("grpc.enable_http_proxy", 0),
     ("grpc.service_config_disable_resolution", 1),
     ("grpc.enable_retries", 0),
@@ -37,20 +35,34 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
+_LOCAL_OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.default_authority", "localhost"))
+_PEER_OPTIONS = (
+    ("grpc.max_receive_message_length", codec.MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", int(PEER_KEEPALIVE_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(PEER_KEEPALIVE_S * 1000)),
+    ("grpc.http2.ping_timeout_ms", int(PEER_KEEPALIVE_S * 1000)),  # where the keepalive's own is not heeded
+    ("grpc.http2.max_pings_without_data", 0),  # else it asks twice, and never again until the next call
+)
 
 
 class Channel:
-    """A connection to the pool at `address` (`unix:PATH` or `HOST:PORT`), made when it is first used.
+    """A connection to the pool of this host at `address` (`unix:PATH`), made when it is first used.
 
     `token_source` gives the session token for each call.
     """
+
+    methods = METHODS
+    serve_command = "tiermem serve"
 
     def __init__(self, address: str, token_source: Callable[[], bytes]) -> None:
         self.address = address
         self._token_source = token_source
         self._closed = False
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
-        self._calls = {name: self._multicallable(method) for name, method in METHODS.items()}
+        self._channel = self._connect()
+        self._calls = {name: self._multicallable(method) for name, method in self.methods.items()}
+
+    def _connect(self) -> grpc.Channel:
+        return grpc.insecure_channel(self.address, options=_OPTIONS + _LOCAL_OPTIONS)
 
     def call(self, name: str, request: Any, timeout_s: float | None = None) -> Any:
         """The reply to `request`, of the class that the table gives for method `name`.
@@ -58,7 +70,7 @@ class Channel:
         `timeout_s` replaces the table's deadline and covers all tries. Raises what the pool's handler raised, or
         DaemonUnreachable, DeadlineExceeded, ProtocolError, Closed.
         """
-        method, data = METHODS[name], codec.encode(request)
+        method, data = self.methods[name], codec.encode(request)
         limit = method.deadline_s if timeout_s is None else timeout_s
         deadline = None if limit is None else time.monotonic() + limit
         for pause in (*(RETRY_PAUSES_S if method.idempotent else ()), None):
@@ -73,7 +85,7 @@ class Channel:
 
     def stream(self, name: str, request: Any) -> Stream:
         """Start a streaming method; the client's leases live as long as its `Attach`. Iterating it raises errors."""
-        method = METHODS[name]
+        method = self.methods[name]
         return Stream(self, method, self._invoke(method, codec.encode(request), None))
 
     def close(self) -> None:
@@ -110,11 +122,33 @@ class Channel:
             return DeadlineExceeded(f"{method.name}: the pool at {self.address} gave no answer within {given}")
         if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
             return DaemonUnreachable(
-                f"no pool answers {method.name} at {self.address} ({details}); start it with: tiermem serve"
+                f"no pool answers {method.name} at {self.address} ({details}); start it with: {self.serve_command}"
             )
         if status in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.RESOURCE_EXHAUSTED):
             return ProtocolError(f"{method.name} is refused by what answers at {self.address}: {details}")
         return TiermemError(f"{method.name} failed at {self.address}: {status.name} {details}")
+
+
+class PeerChannel(Channel):
+    """A connection to another host's pool at `address` (HOST:PORT), by the methods that peers have.
+
+    `tls`: key, certificate and CA, in PEM; None talks in the clear.
+    """
+
+    methods = PEER_METHODS
+    serve_command = "tiermem serve --listen"
+
+    def __init__(self, address: str, token_source: Callable[[], bytes], tls: tuple[bytes, bytes, bytes] | None) -> None:
+        self._tls = tls
+        super().__init__(address, token_source)
+
+    def _connect(self) -> grpc.Channel:
+        options = _OPTIONS + _PEER_OPTIONS
+        if self._tls is None:
+            return grpc.insecure_channel(self.address, options=options)
+        key, certificate, authority = self._tls
+        credentials = grpc.ssl_channel_credentials(authority, key, certificate)
+        return grpc.secure_channel(self.address, credentials, options=options)
 
 
 class Stream(Iterator[Any]):

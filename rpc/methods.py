@@ -6,20 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tiermem.rpc import messages
+from tiermem.rpc import messages, peer_messages
 
 SERVICE = "tiermem.Pool"
+
+PEER_KEEPALIVE_S = 10.0
+"""A peer, of either end, that is silent for so long is asked whether it lives, and given up after as long again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A remote procedure. `deadline_s` None: no limit but the caller's. `idempotent`: may be sent again."""
+    """A remote procedure. `deadline_s` None: no limit but the caller's. `idempotent`: may be sent again. `begins`: it
+    begins the session, so it carries no token."""
 
     name: str
     request: type[Any]
     reply: type[Any]
     streams: bool = False
     idempotent: bool = False
+    begins: bool = False
     deadline_s: float | None = 30.0
 
     @property
@@ -53,4 +58,19 @@ METHODS: Mapping[str, Method] = {
         Method("Status", messages.StatusRequest, messages.StatusReply, idempotent=True, deadline_s=10.0),
     )
 }
-"""By name."""
+"""What clients of the pool's own host may call, by name."""
+
+PEER_METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("PeerHello", peer_messages.HelloRequest, peer_messages.HelloEvent, streams=True, begins=True,
+               deadline_s=None),
+        Method("PeerHave", peer_messages.HaveRequest, peer_messages.HaveReply, idempotent=True, deadline_s=10.0),
+        Method("PeerOpen", peer_messages.OpenRequest, peer_messages.OpenReply),
+        Method("PeerGrant", peer_messages.GrantRequest, peer_messages.GrantReply, idempotent=True, deadline_s=10.0),
+        Method("PeerExport", peer_messages.ExportRequest, peer_messages.ExportReply, deadline_s=30.0),
+        Method("PeerWait", messages.WaitRequest, peer_messages.WaitReply, idempotent=True, deadline_s=None),
+        Method("PeerRelease", messages.ReleaseRequest, messages.Empty, idempotent=True, deadline_s=10.0),
+    )
+}  # fmt: skip
+"""What other hosts' pools may call, by name."""

@@ -5,14 +5,16 @@ Never does I/O and never allocates: it is told what happened, and says what is w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from tiermem.errors import ModelNotFound, ProtocolError, Refused
+from tiermem.content import content_of
+from tiermem.errors import DigestMismatch, ModelNotFound, ProtocolError, Refused
 from tiermem.fingerprint import is_image
+from tiermem.peer.address import is_remote
 from tiermem.types import LOADING, Manifest
 
 FileIdentity = tuple[int, int, int, int, str]
@@ -45,6 +47,7 @@ class ModelRecord:
     last_open_s: float = 0.0
     generation: int = 0
     first_id: int = 0
+    _content: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         segments = self.manifest.segments
@@ -101,6 +104,27 @@ class ModelRecord:
         """These pages are in these memory tiers now."""
         self.placed[pages] = tiers
         self.residency[pages] = np.where(self.residency[pages] == LOADING, LOADING, self.placed[pages])
+
+    def content(self) -> str | None:
+        """What hosts that have the same weights have in common; None until every digest is known."""
+        if self._content is None:
+            self._content = content_of(self.manifest, self.digests)
+        return self._content
+
+    def promise(self, digests: Mapping[int, bytes | None]) -> None:
+        """Tensors must have these digests when they come. Raises DigestMismatch where others are on record, and Refused
+        for a tensor without one."""
+        for i, digest in digests.items():
+            known = self.digests[i]
+            if digest is None:
+                raise Refused(f"{self.name}: no digest of tensor {self.manifest.tensors[i].name!r} was given")
+            if known is not None and known != digest:
+                raise DigestMismatch(
+                    f"{self.name}: tensor {self.manifest.tensors[i].name!r} is promised with digest "
+                    f"{digest.hex()[:16]}, {known.hex()[:16]} is on record: its weights changed at the peer; load it "
+                    "under another name"
+                )
+            self.digests[i] = digest
 
     def drop(self, segment: int) -> str:
         """The segment's bytes leave memory; returns the key that its file had."""
@@ -181,6 +205,9 @@ class Catalog:
             if not holders:
                 del self._by_file[file]
 
+    def knows(self, name: str) -> bool:
+        return name in self._by_name
+
     def named(self, name: str) -> ModelRecord:
         """Raises ModelNotFound with the names that there are."""
         record = self._by_name.get(name)
@@ -201,7 +228,7 @@ class Catalog:
         if whole is not None:
             return whole, None
         holders = [self._by_file.get(file, {}) for file in file_identities(manifest)]
-        for record in holders[0]:
+        for record in holders[0] if holders else ():
             if all(record in others for others in holders):
                 return record, tuple(others[record] for others in holders)
         return None
@@ -220,4 +247,7 @@ class Catalog:
 
 
 def file_identities(manifest: Manifest) -> Sequence[FileIdentity]:
+    """None of a model that came from a peer: what its files are called there may be other files here."""
+    if is_remote(manifest.path):
+        return []
     return [(f.device, f.inode, f.size, f.mtime_ns, f.header_digest) for f in manifest.files]

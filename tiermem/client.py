@@ -25,7 +25,7 @@ from tiermem.errors import Closed, DaemonUnreachable, TiermemError
 from tiermem.heat import HeatColumns
 from tiermem.model import Model
 from tiermem.observations import Rung
-from tiermem.paths import path_or_name_of
+from tiermem.paths import absolute, path_or_name_of
 from tiermem.reporting import Reporting
 from tiermem.rpc import messages as m
 from tiermem.rpc.channel import Channel, Stream
@@ -147,7 +147,7 @@ class Client:
     ) -> str:
         """Load a whole checkpoint; returns the model's name when it is resident."""
         session = self._live()
-        request = m.OpenRequest(os.path.abspath(path), name, dict(layers) if layers else None)
+        request = m.OpenRequest(absolute(path), name, dict(layers) if layers else None)
         opened: m.OpenReply = self._call("Open", request, session)
         try:
             # Until the load has ended, not only until every tensor is there: at its end the files are looked at again.
@@ -160,7 +160,7 @@ class Client:
         self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None
     ) -> m.LoadReply:
         """Begin to load a checkpoint and return at once, with the model's name and size."""
-        request = m.LoadRequest(os.path.abspath(path), name, dict(layers) if layers else None)
+        request = m.LoadRequest(absolute(path), name, dict(layers) if layers else None)
         reply: m.LoadReply = self._call("Load", request)
         return reply
 

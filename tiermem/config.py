@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tiermem import host
+from tiermem import option_kind as kind
 from tiermem.errors import ConfigError
+from tiermem.option_kind import Kind
+from tiermem.peer.access import RULE_EXAMPLE, AccessRule, parse_rules
+from tiermem.peer.address import Address
 from tiermem.tier_spec import DISK, EXAMPLE, TierSpec, parse_tiers
 from tiermem.types import PAGE_BYTES, TENSOR_ALIGN
-from tiermem.units import format_bytes, parse_bytes, parse_seconds
 
 Environ = Mapping[str, str]
 Backing = Literal["auto", "tmpfs", "hugetlb", "shm", "memfd"]
@@ -32,18 +35,6 @@ SUN_PATH_BYTES = 107
 
 DESCRIPTOR_ENDING = ".fd"
 """What the path of the descriptor socket has beyond that of the control socket."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What an option's value is. `read` turns text, or a typed value of a file or a caller, into it or raises
-    ValueError with what is wrong; `unit` is that of the number it returns. `many`: the flag may be repeated."""
-
-    noun: str
-    example: str
-    read: Callable[[object], object]
-    unit: str | None = None
-    many: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +76,17 @@ class Config:
     sample_epoch: float
     sample_budget: float
     metrics_port: str
+    listen: Address | None
+    data_port: int
+    peer: tuple[Address, ...]
+    tls_cert: Path | None
+    tls_key: Path | None
+    tls_ca: Path | None
+    insecure: bool
+    allow: tuple[AccessRule, ...]
+    peer_connections: int
+    peer_fetches: int
+    transport: str
     grace: float
     keep: bool
     log_level: LogLevel
@@ -160,150 +162,63 @@ def _default_tiers(environ: Environ) -> tuple[TierSpec, ...]:
     return (TierSpec("dram", half), DISK)
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("it must be text and not empty")
-    return value
-
-
-def _path(value: object) -> Path:
-    text = os.fspath(value) if isinstance(value, os.PathLike) else _text(value)
-    return Path(os.path.abspath(os.path.expanduser(text)))
-
-
-def _address(value: object) -> str:
-    text = _text(value)
-    place, _, tail = text.rpartition(":")
-    if text.startswith("unix:/") or (place and place != "unix" and tail.isdecimal() and 0 < int(tail) < 1 << 16):
-        return text
-    raise ValueError("it must be unix: with an absolute path, or HOST:PORT")
-
-
-def _quantity(value: object, parse: Callable[[str], float], noun: str) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return value
-    try:
-        return parse(_text(value))
-    except ValueError:
-        raise ValueError(f"it must be {noun}") from None
-
-
-def _size(example: str, low: int, high: int = 1 << 60, step: int = PAGE_BYTES) -> Kind:
-    """Bytes from `low` to `high`, rounded down to whole `step`s: `3.1GB` is no whole number of pages."""
-
-    def read(value: object) -> int:
-        size = int(_quantity(value, parse_bytes, "a size"))
-        if not low <= size <= high:
-            raise ValueError(f"it must be from {format_bytes(low)} to {format_bytes(high)}")
-        return size - size % step
-
-    return Kind("SIZE", example, read, "bytes")
-
-
-def _count(low: int, high: int) -> Kind:
-    def read(value: object) -> int:
-        count = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
-        if not isinstance(count, int) or isinstance(count, bool) or not low <= count <= high:
-            raise ValueError(f"it must be a whole number from {low} to {high}")
-        return count
-
-    return Kind("COUNT", str(low), read)
-
-
-def _seconds(value: object) -> float:
-    seconds = _quantity(value, parse_seconds, "a duration")
-    if not 0 <= seconds < float("inf"):
-        raise ValueError("it must be finite and not negative")
-    return float(seconds)
-
-
-def _switch(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if not isinstance(value, str) or value.lower() not in known:
-        raise ValueError("it must be true or false")
-    return known[value.lower()]
-
-
-def _choice(*names: str) -> Kind:
-    def read(value: object) -> str:
-        if value not in names:
-            raise ValueError(f"it must be one of {', '.join(names)}")
-        return str(value)
-
-    return Kind("|".join(names), names[0], read)
-
-
-def _epoch(value: object) -> float:
-    seconds = _seconds(value)
-    if not 0.01 <= seconds <= 60:
-        raise ValueError("it must be from 10ms to 60s")
-    return seconds
-
-
-def _share(value: object) -> float:
-    text = value.strip() if isinstance(value, str) else value
-    scale = 1.0
-    if isinstance(text, str) and text.endswith("%"):
-        text, scale = text.removesuffix("%"), 0.01
-    try:
-        share = float(text) * scale if isinstance(text, str | int | float) else float("nan")
-    except ValueError:
-        share = float("nan")
-    if not 0 < share <= 1 or isinstance(value, bool):
-        raise ValueError("it must be a share, above 0% and up to 100%")
-    return share
-
-
-def _listener(value: object) -> str:
-    """`` (none), PORT on the loopback, or HOST:PORT."""
-    text = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else "?"
-    host_name, _, port = text.rpartition(":")
-    if text and not (port.isdecimal() and int(port) < 1 << 16):
-        raise ValueError("it must be a port, or HOST:PORT")
-    return f"{host_name or '127.0.0.1'}:{port}" if text else ""
-
-
-_PATH = Kind("DIRECTORY", "/var/lib/tiermem", _path)
-
 OPTIONS: tuple[Option, ...] = (
-    Option("address", Kind("ADDRESS", "unix:/run/tiermem/tiermem.sock", _address),
+    Option("address", Kind("ADDRESS", "unix:/run/tiermem/tiermem.sock", kind.as_address),
            lambda environ: f"unix:{runtime_dir(environ)}/tiermem.sock", "--address", "TIERMEM_ADDRESS",
            "Where the daemon listens: unix:PATH or HOST:PORT."),
-    Option("state", _PATH, lambda environ: runtime_dir(environ) / "pool", "--state", "TIERMEM_STATE",
+    Option("state", kind.DIRECTORY, lambda environ: runtime_dir(environ) / "pool", "--state", "TIERMEM_STATE",
            "Directory of the pool's segments and catalog."),
-    Option("digests", _PATH, _default_digests, "--digests", "TIERMEM_DIGESTS",
+    Option("digests", kind.DIRECTORY, _default_digests, "--digests", "TIERMEM_DIGESTS",
            "Directory where digests of checkpoints are kept."),
     Option("tier", Kind("TIER", EXAMPLE, parse_tiers, many=True), _default_tiers, "--tier", "TIERMEM_TIER",
            "A tier, fastest first: dram=SIZE, cxl=SIZE@nodeN, disk; half of the memory as DRAM by default."),
-    Option("spare", _size("4GiB", 0), lambda environ: 0, "--spare", "TIERMEM_SPARE",
+    Option("spare", kind.size("4GiB", 0), lambda environ: 0, "--spare", "TIERMEM_SPARE",
            "Memory kept prefaulted ahead of need."),
-    Option("backing", _choice(*get_args(Backing)), lambda environ: "auto", "--backing", "TIERMEM_BACKING",
+    Option("backing", kind.choice(*get_args(Backing)), lambda environ: "auto", "--backing", "TIERMEM_BACKING",
            "What segments are made of; auto takes the fastest this host allows."),
-    Option("staging", _size("64MiB", 1 << 20, 1 << 30, TENSOR_ALIGN), lambda environ: 64 << 20,
+    Option("staging", kind.size("64MiB", 1 << 20, 1 << 30, TENSOR_ALIGN), lambda environ: 64 << 20,
            "--staging", "TIERMEM_STAGING", "Memory through which files are read, of all threads."),
-    Option("read_threads", _count(1, 64), lambda environ: 12, "--read-threads", "TIERMEM_READ_THREADS",
+    Option("read_threads", kind.count(1, 64), lambda environ: 12, "--read-threads", "TIERMEM_READ_THREADS",
            "Threads that read files; they mostly wait."),
-    Option("policy", Kind("POLICY", "lru", _text), lambda environ: "lru", "--policy", "TIERMEM_POLICY",
+    Option("policy", Kind("POLICY", "lru", kind.as_text), lambda environ: "lru", "--policy", "TIERMEM_POLICY",
            "Name of a policy, or path of a policy file."),
-    Option("policy_budget", Kind("DURATION", "200ms", _seconds, "seconds"), lambda environ: 0.2,
+    Option("policy_budget", Kind("DURATION", "200ms", kind.as_seconds, "seconds"), lambda environ: 0.2,
            "--policy-budget", None, "Time that a policy may take for a plan."),
-    Option("quota", _size("1GiB", PAGE_BYTES), lambda environ: 1 << 30, "--quota", None,
+    Option("quota", kind.size("1GiB", PAGE_BYTES), lambda environ: 1 << 30, "--quota", None,
            "Bytes that may move between memory tiers in a second."),
-    Option("sampler", _choice(*get_args(Sampling)), lambda environ: "auto", "--sampler", None,
+    Option("sampler", kind.choice(*get_args(Sampling)), lambda environ: "auto", "--sampler", None,
            "How the use of pages is observed; auto takes what tells most on this host."),
-    Option("sample_epoch", Kind("DURATION", "100ms", _epoch, "seconds"), lambda environ: 0.1, "--sample-epoch", None,
-           "How often pages are looked at."),
-    Option("sample_budget", Kind("SHARE", "1%", _share), lambda environ: 0.01, "--sample-budget", None,
+    Option("sample_epoch", Kind("DURATION", "100ms", kind.as_epoch, "seconds"), lambda environ: 0.1,
+           "--sample-epoch", None, "How often pages are looked at."),
+    Option("sample_budget", Kind("SHARE", "1%", kind.as_share), lambda environ: 0.01, "--sample-budget", None,
            "Part of a client's CPU time that observing may cost it."),
-    Option("metrics_port", Kind("[HOST:]PORT", "9464", _listener), lambda environ: "", "--metrics-port", None,
+    Option("metrics_port", Kind("[HOST:]PORT", "9464", kind.as_listener), lambda environ: "", "--metrics-port", None,
            "Where Prometheus finds metrics; on the loopback unless a host is named."),
-    Option("grace", Kind("DURATION", "30s", _seconds, "seconds"), lambda environ: 30.0, "--grace", "TIERMEM_GRACE",
-           "Time without eviction after segments were adopted."),
-    Option("keep", Kind("SWITCH", "true", _switch), lambda environ: False, "--keep", "TIERMEM_KEEP",
+    Option("listen", Kind("HOST:PORT", "0.0.0.0:7070", kind.as_pool), lambda environ: None, "--listen", None,
+           "Where other hosts' pools find this one; without TLS on the loopback only."),
+    Option("data_port", kind.count(0, 65535), lambda environ: 0, "--data-port", None,
+           "Port, beside that of --listen, through which peers get weights; 0 is any that is free."),
+    Option("peer", kind.pools("--peer"), lambda environ: (), "--peer", None,
+           "A pool that has models which this one lacks; may be repeated."),
+    Option("tls_cert", kind.FILE, lambda environ: None, "--tls-cert", None,
+           "Certificate of this pool with its chain (PEM), shown to peers that call and that are called."),
+    Option("tls_key", kind.FILE, lambda environ: None, "--tls-key", None, "Private key of the certificate (PEM)."),
+    Option("tls_ca", kind.FILE, lambda environ: None, "--tls-ca", None, "The CA whose certificates peers have (PEM)."),
+    Option("insecure", kind.SWITCH, lambda environ: False, "--insecure", None,
+           "Talk to other hosts' pools without TLS: whoever reaches the network reads and alters weights."),
+    Option("allow", Kind("CN=PATTERN", RULE_EXAMPLE, parse_rules, many=True), lambda environ: (), "--allow", None,
+           "A peer, by its certificate's name, and models that it may read; may be repeated. By default all."),
+    Option("peer_connections", kind.count(1, 65536), lambda environ: 256, "--peer-connections", None,
+           "Connections that peers may have to this pool, of each kind."),
+    Option("peer_fetches", kind.count(1, 4096), lambda environ: 16, "--peer-fetches", None,
+           "Models that one peer may fetch from this pool at once."),
+    Option("transport", kind.choice("auto", "tcp"), lambda environ: "auto", "--transport", None,
+           "How weights come from peers: auto takes RDMA where both ends can."),
+    Option("grace", Kind("DURATION", "30s", kind.as_seconds, "seconds"), lambda environ: 30.0,
+           "--grace", "TIERMEM_GRACE", "Time without eviction after segments were adopted."),
+    Option("keep", kind.SWITCH, lambda environ: False, "--keep", "TIERMEM_KEEP",
            "Leave the segments for the next daemon at exit."),
-    Option("log_level", _choice(*get_args(LogLevel)), lambda environ: "info", "--log-level", "TIERMEM_LOG_LEVEL",
+    Option("log_level", kind.choice(*get_args(LogLevel)), lambda environ: "info", "--log-level", "TIERMEM_LOG_LEVEL",
            "Least severe messages that are logged."),
 )  # fmt: skip
 """The table. `tiermem doctor --config` prints it."""

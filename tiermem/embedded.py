@@ -24,7 +24,7 @@ from tiermem.images import Images
 from tiermem.lease import Lease, Opened, Session
 from tiermem.model import Model
 from tiermem.observer import own_order
-from tiermem.paths import path_or_name_of
+from tiermem.paths import absolute, path_or_name_of
 from tiermem.pool import Pool
 from tiermem.reporting import Reporting
 from tiermem.rpc.messages import MoveEntry
@@ -102,7 +102,7 @@ class EmbeddedPool:
         self, path: str | os.PathLike[str], name: str | None = None, *, layers: Mapping[str, str] | None = None
     ) -> str:
         """Load a whole checkpoint; returns the model's name when it is resident."""
-        record, loaded = self._live().load(os.path.abspath(path), name, layers)
+        record, loaded = self._live().load(absolute(path), name, layers)
         loaded.result()
         return record.name
 

@@ -41,6 +41,12 @@ class DaemonUnreachable(TiermemError, ConnectionError):
     exit_code = 3
 
 
+class TransportUnavailable(TiermemError, OSError):
+    """Weights cannot come by the way that was wanted; the message says what it lacks."""
+
+    code = "transport"
+
+
 class ModelNotFound(TiermemError, KeyError):
     """No model of that name is in the pool."""
 
@@ -99,6 +105,12 @@ class AccessDenied(TiermemError, PermissionError):
 
     code = "access-denied"
     exit_code = 5
+
+
+class SessionUnknown(AccessDenied):
+    """The call's token is of no session: the pool has ended it, or is another one since."""
+
+    code = "session-unknown"
 
 
 class CheckpointError(TiermemError, ValueError):

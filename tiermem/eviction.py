@@ -39,6 +39,8 @@ class Eviction:
         """Have `nbytes` free in memory, if need be by asking the policy what to evict. Raises CapacityError."""
         tiers = self._memory.tiers
         lacks = nbytes - tiers.free_bytes
+        if lacks > 0:
+            self._memory.pins.release_idle()
         if lacks > 0 and time.monotonic() >= self.hold_until_s:
             self._relieve(lacks, record)
         if nbytes > tiers.free_bytes:

@@ -15,7 +15,7 @@ from tiermem.types import PAGE_BYTES
 from tiermem.units import format_bytes
 
 ROOT = Path("/")
-CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_PERFMON = 21, 23, 38
+CAP_IPC_LOCK, CAP_SYS_ADMIN, CAP_SYS_NICE, CAP_PERFMON = 14, 21, 23, 38
 """Bit numbers of capability.h."""
 _HUGETLB = "sys/kernel/mm/hugepages/hugepages-2048kB"
 _SHMEM_ENABLED = "sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -81,6 +81,7 @@ class Host:
     cxl: Capability
     migration: Capability
     rdma: Capability
+    memlock: Capability
     accelerator: Capability
     segments: Capability
 
@@ -109,7 +110,8 @@ def probe(root: Path = ROOT) -> Host:
         populate=_populate(root),
         cxl=_cxl(root, nodes),
         migration=_migration(root),
-        rdma=_rdma(root),
+        rdma=rdma(root),
+        memlock=memlock(root),
         accelerator=_accelerator(root),
         segments=_segments(root),
     )
@@ -149,6 +151,28 @@ def storage(directory: str | Path, root: Path = ROOT) -> Storage:
     # Of two mounts at one place the later one hides the earlier, so max must prefer the last.
     point, kind, _ = max(reversed(holders), key=lambda mount: len(mount[0]), default=("", "unknown", ""))
     return Storage(path, kind, point, _direct(path))
+
+
+def rdma(root: Path = ROOT) -> Capability:
+    """Devices that read other hosts' memory."""
+    if devices := _names(root, "sys/class/infiniband", r".+"):
+        return Capability(True, ", ".join(devices))
+    return Capability(False, "no RDMA device; rdma link add rxe0 type rxe netdev DEVICE makes a software one")
+
+
+def memlock(root: Path = ROOT) -> Capability:
+    """Whether memory may be pinned, as registering it for RDMA does."""
+    if has_capability(root, CAP_IPC_LOCK):
+        return Capability(True, "CAP_IPC_LOCK: any memory may be pinned for RDMA")
+    limit = re.search(r"^Max locked memory\s+(\S+)", _read(root, "proc/self/limits"), re.MULTILINE)
+    text = limit[1] if limit else "0"
+    if text == "unlimited":
+        return Capability(True, "any memory may be pinned for RDMA")
+    nbytes = int(text) if text.isdecimal() else 0
+    reason = f"{format_bytes(nbytes)} may be pinned for RDMA"
+    if nbytes and nbytes >= memory(root).usable_bytes // 2:
+        return Capability(True, reason)
+    return Capability(False, f"only {reason}; raise ulimit -l or LimitMEMLOCK= to what models take, or to unlimited")
 
 
 def _direct(directory: str) -> Capability:
@@ -232,12 +256,6 @@ def _migration(root: Path) -> Capability:
         False, "only pages that no client has mapped move between NUMA nodes; the rest needs CAP_SYS_NICE "
         "(setcap cap_sys_nice+ep, or systemd's AmbientCapabilities=)"
     )  # fmt: skip
-
-
-def _rdma(root: Path) -> Capability:
-    if devices := _names(root, "sys/class/infiniband", r".+"):
-        return Capability(True, ", ".join(devices))
-    return Capability(False, "no RDMA device; rdma link add rxe0 type rxe netdev DEVICE makes a software one")
 
 
 def _accelerator(root: Path) -> Capability:

@@ -21,7 +21,8 @@ from tiermem import _native
 from tiermem.catalog import ModelRecord
 from tiermem.errors import CapacityError, DigestMismatch, NativeError, TiermemError, own
 from tiermem.lease import Lease
-from tiermem.source.file import FileSource
+from tiermem.peer.address import is_remote
+from tiermem.source.fill import Fill, Source
 from tiermem.types import PAGE_BYTES, Manifest, TensorInfo
 
 
@@ -110,7 +111,7 @@ class Load:
         record: ModelRecord,
         segments: Mapping[int, _native.Segment],
         tasks: Sequence[Task],
-        source: FileSource | None,
+        source: Source | None,
         stock: _native.Stock | None,
         lock: threading.RLock,
         on_segment: Callable[[Load, int], None],
@@ -140,11 +141,17 @@ class Load:
                 self._tasks_of.setdefault(tensor, []).append(task)
         self._reads_left = {tensor: len(of) for tensor, of in self._tasks_of.items()}
         self._tensors_left = {s: len(record.tensors_of[s]) for s in segments}
+        self._populating = threading.Lock()
+        self._populated: set[int] = set()  # segments whose memory is all there
         self._paid: set[tuple[int, int]] = set()
         self._waiting: list[tuple[set[int], Future[None]]] = []
 
     def next_task(self) -> Task | None:
-        """The next task to perform, wanted ones first. Holds the lock."""
+        """The next task to perform, wanted ones first; None too while as many are under way as its source is good for.
+        Holds the lock."""
+        most = None if self._source is None else self._source.reads_at_once
+        if most is not None and self.in_flight >= most:
+            return None
         for queue in (self._urgent, self._queue):
             while queue:
                 task = queue.popleft()
@@ -232,6 +239,20 @@ class Load:
 
     def _prefault(self, task: Task) -> None:
         begin = time.monotonic()
+        if self._source is not None and self._source.whole_segments:
+            self._prefault_whole({self.record.manifest.tensors[part.tensor].extent.segment for part in task.parts})
+        else:
+            self._prefault_parts(task)
+        with self._lock:
+            self.figures.prefault_thread_s += time.monotonic() - begin
+
+    def _prefault_whole(self, segments: set[int]) -> None:
+        with self._populating:
+            for segment in segments - self._populated:
+                self._populate(segment, 0, self.record.manifest.segments[segment].page_bytes)
+                self._populated.add(segment)
+
+    def _prefault_parts(self, task: Task) -> None:
         ranges: dict[int, tuple[int, int]] = {}
         for part in task.parts:
             extent = self.record.manifest.tensors[part.tensor].extent
@@ -241,8 +262,6 @@ class Load:
             ranges[extent.segment] = (min(low, first), max(high, last))
         for segment, (first, last) in ranges.items():
             self._populate(segment, first, -(-(last - first) // PAGE_BYTES) * PAGE_BYTES)
-        with self._lock:
-            self.figures.prefault_thread_s += time.monotonic() - begin
 
     def _populate(self, segment: int, first: int, nbytes: int, threads: int = 1) -> None:
         """Prefault pages of a segment in the tiers that they were given, those of the first with memory that the stock
@@ -278,13 +297,13 @@ class Load:
     def _read(self, task: Task, staging: _native.Staging) -> None:
         assert self._source is not None
         begin = time.monotonic()
-        tensors = self.record.manifest.tensors
-        parts = []
+        fills = []
         for part in task.parts:
-            tensor = tensors[part.tensor]
-            target = self.segments[tensor.extent.segment].address + tensor.extent.offset + part.offset
-            parts.append((tensor.file_offset + part.offset, part.length, target))
-        self._source.read(task.file, parts, staging)
+            tensor = self.record.manifest.tensors[part.tensor]
+            number, offset = tensor.extent.segment, tensor.extent.offset + part.offset
+            address = self.segments[number].address + offset
+            fills.append(Fill(tensor.file_offset + part.offset, part.length, address, part.tensor, number, offset))
+        self._source.read(task.file, fills, staging)
         with self._lock:
             self.figures.read_bytes += sum(part.length for part in task.parts)
             self.figures.read_thread_s += time.monotonic() - begin
@@ -298,7 +317,10 @@ class Load:
         self._check_source()
         known = self.record.digests[tensor]
         if known is not None and known != digest:
-            raise self._mismatch(info, digest, known)
+            if self._source is None or not self._source.disbelieve(tensor):
+                raise self._mismatch(info, digest, known)
+            self._read_again(tensor)
+            return
         with self._lock:
             self.record.digests[tensor] = digest
             self.record.ready[tensor] = True
@@ -317,19 +339,41 @@ class Load:
             if future.set_running_or_notify_cancel():
                 future.set_result(None)
 
+    def _read_again(self, tensor: int) -> None:
+        """Queue the reads of this tensor anew, and of no other that they brought."""
+        with self._lock:
+            if self.error is not None:
+                return
+            tasks = [
+                Task((tensor,), task.file, tuple(part for part in task.parts if part.tensor == tensor))
+                for task in self._tasks_of[tensor]
+            ]
+            self._tasks_of[tensor] = tasks
+            self._reads_left[tensor] = len(tasks)
+            self._left += len(tasks)
+            self._urgent.extend(tasks)
+
     def _check_source(self) -> None:
         """Raise CheckpointChanged where the files changed since the load began."""
         if self._source is not None:
             self._source.check()
 
     def _mismatch(self, info: TensorInfo, digest: bytes, known: bytes) -> DigestMismatch:
-        path = self.record.manifest.files[info.file].path
-        advice = (
-            "the memory that an earlier daemon left is damaged and is given up: open the model again to have it read"
-            if self.is_check
-            else "it was damaged, or changed without a new modification time: restore the file, or touch it if the "
-            "change is meant"
-        )
+        manifest = self.record.manifest
+        remote = is_remote(manifest.path)
+        path = manifest.path if remote else manifest.files[info.file].path
+        if self.is_check:
+            advice = (
+                "the memory that an earlier daemon left is damaged and is given up: open the model again to have it "
+            )
+            advice += "fetched" if remote else "read"
+        elif remote:
+            advice = "it was altered by a pool that sent it, or on the way: load it again, and then look at these"
+        else:
+            advice = (
+                "it was damaged, or changed without a new modification time: restore the file, or touch it if the "
+                "change is meant"
+            )
         return DigestMismatch(
             f"{self.record.name}: tensor {info.name!r} has digest {digest.hex()[:16]}, {known.hex()[:16]} is on record "
             f"for {path}; {advice}"

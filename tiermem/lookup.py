@@ -5,12 +5,15 @@ Owns what is known of paths. Never loads, and never forgets a model itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from tiermem.catalog import Catalog, ModelRecord
 from tiermem.digests import DigestRecords
 from tiermem.errors import Refused
 from tiermem.paths import KnownPaths, default_name
+from tiermem.peer.address import is_remote
+from tiermem.peers import Peers
+from tiermem.policy import PEER
 from tiermem.types import Manifest
 
 Found = tuple[ModelRecord, tuple[int, ...] | None]
@@ -21,14 +24,27 @@ class Lookup:
     """Of one catalog. `disk` is the id of its last tier; `forget_if_idle(record)` makes room for a successor."""
 
     def __init__(
-        self, catalog: Catalog, digests: DigestRecords, disk: int, forget_if_idle: Callable[[ModelRecord], None]
+        self,
+        catalog: Catalog,
+        digests: DigestRecords,
+        peers: Peers,
+        disk: int,
+        forget_if_idle: Callable[[ModelRecord], None],
     ) -> None:
         self._catalog, self._digests, self._disk, self._forget_if_idle = catalog, digests, disk, forget_if_idle
+        self._peers = peers
         self._paths = KnownPaths()
 
     def manifest(self, path: str, layers: Mapping[str, str] | None) -> Manifest:
-        """Needs no lock. Raises CheckpointNotFound, CheckpointError."""
-        return self._paths.manifest(path, layers)
+        """Of a checkpoint here, or of a model at a peer. The lock must not be held. Raises CheckpointNotFound,
+        CheckpointError; ModelNotFound, DaemonUnreachable, AccessDenied for a peer's."""
+        return self._peers.manifest(path) if is_remote(path) else self._paths.manifest(path, layers)
+
+    def elsewhere(self, name: str | None, sources: Collection[str]) -> Manifest | None:
+        """Of the model that a peer has under a name that this pool does not know, if peers are among the sources. The
+        lock must not be held."""
+        unknown = name is not None and not self._catalog.knows(name)
+        return self._peers.find(name) if name is not None and unknown and PEER in sources else None
 
     def find(self, manifest: Manifest | None, name: str | None) -> Found:
         """The model of a checkpoint, or without one that of the name. Raises ModelNotFound, Refused."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from tiermem import _native
 from tiermem.catalog import Catalog, ModelRecord
 from tiermem.errors import Refused, TiermemError
+from tiermem.pins import Pins
 from tiermem.segment import Backing, allocate
 from tiermem.tier import Tier, Tiers
 from tiermem.types import PAGE_BYTES
@@ -30,6 +31,7 @@ class Memory:
     def __init__(self, backing: Backing, tiers: Tiers) -> None:
         self.backing = backing
         self.tiers = tiers
+        self.pins = Pins()
         self._segments: dict[str, _native.Segment] = {}
         self._expected = {tier.id: 0 for tier in tiers.memory}
         self.moves = 0  # that began or ended: what was asked of the kernel before is old
@@ -125,6 +127,7 @@ class Memory:
         nbytes = record.manifest.segments[number].page_bytes
         self._count(record.placed[record.pages(number)], -1)
         key = record.drop(number)
+        self.pins.give_back(key)
         self._segments.pop(key).close()
         self.backing.unlink(key)
         return nbytes

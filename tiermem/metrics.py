@@ -31,6 +31,13 @@ _SAMPLING = {
 }
 """Field of a Cost, with `_seconds` for `_s`, -> help. All are counters by rung."""
 
+_DATA = {
+    "accepted": "Data connections that peers opened.",
+    "refused": "Data connections and reads that were refused to peers.",
+    "cut": "Data connections of peers that took nothing for too long.",
+}
+"""Field of a data port's Figures -> help. All are counters."""
+
 
 class PoolCollector:
     """What a scrape gets."""
@@ -56,6 +63,7 @@ class PoolCollector:
             moved = {(pool.tiers[s].name, pool.tiers[t].name): n for (s, t), n in migrator.log.moved_pages.items()}
             refused = dict(migrator.log.refused)
             policy_cpu_s, control_cpu_s, failures = steering.cpu_s, control.cpu_s, steering.failures
+        yield from _peers(pool)
         used = GaugeMetricFamily("tiermem_tier_used_bytes", "Bytes in use.", labels=["tier"])
         capacity = GaugeMetricFamily("tiermem_tier_capacity_bytes", "Bytes that a tier may hold.", labels=["tier"])
         for name, used_bytes, capacity_bytes in tiers:
@@ -83,6 +91,28 @@ class PoolCollector:
                 if cost := costs.get(rung.name.lower()):
                     counter.add_metric([rung.name.lower()], cost[name.replace("_seconds", "_s")])
             yield counter
+
+
+def _peers(pool: Pool) -> Iterator[Metric]:
+    """What crossed between this pool and others."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    received = CounterMetricFamily("tiermem_peer_received_bytes", "Bytes of weights that a peer sent.", labels=["peer"])
+    for address, figures in pool.peers.figures().items():
+        received.add_metric([str(address)], figures.received_bytes)
+    yield received
+    data = pool.peers.sent()
+    sent = CounterMetricFamily("tiermem_peer_sent_bytes", "Bytes of weights that a peer was sent.", labels=["peer"])
+    for party, nbytes in data.sent.items():
+        sent.add_metric([party.partition(" ")[2]], nbytes)
+    yield sent
+    pinned = pool.peers.exports().pinned_bytes
+    yield GaugeMetricFamily("tiermem_peer_pinned_bytes", "Memory pinned for peers to read by RDMA.", value=pinned)
+    guests = len(pool.peers.guests())
+    yield GaugeMetricFamily("tiermem_peer_sessions", "Sessions that peers have with this pool.", value=guests)
+    yield GaugeMetricFamily("tiermem_peer_connections", "Data connections of peers.", value=data.connections)
+    for name, text in _DATA.items():
+        yield CounterMetricFamily(f"tiermem_peer_{name}", text, value=getattr(data, name))
 
 
 class MetricsServer:

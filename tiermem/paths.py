@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tiermem.checkpoint import open_checkpoint
 from tiermem.checkpoint.formats import ENDINGS, INDEX_ENDING
+from tiermem.peer.address import SCHEME, is_remote, parse_model
 from tiermem.types import Manifest
 
 _Facts = tuple[tuple[int, int, int, int], ...]
@@ -59,6 +60,8 @@ def _facts(paths: tuple[str, ...]) -> _Facts | None:
 
 def default_name(manifest: Manifest) -> str:
     """A model's name unless told otherwise: its directory's, or the file's where that is not (pytorch_)model."""
+    if is_remote(manifest.path):
+        return parse_model(manifest.path).name
     path = Path(os.path.abspath(manifest.path))
     name, ending = os.path.splitext(path.name.removesuffix(INDEX_ENDING))
     if ending not in ENDINGS:
@@ -71,6 +74,11 @@ def default_name(manifest: Manifest) -> str:
 def path_or_name_of(path_or_name: str | os.PathLike[str]) -> tuple[str | None, str | None]:
     """(absolute path, None) for something that exists or looks like a path, else (None, name)."""
     text = os.fspath(path_or_name)
-    if os.path.exists(text) or os.path.isabs(text) or text.startswith((".", "~")) or text.endswith(ENDINGS):
-        return os.path.abspath(os.path.expanduser(text)), None
-    return None, text
+    looks = os.path.isabs(text) or text.startswith((".", "~", SCHEME)) or text.endswith(ENDINGS)
+    return (absolute(os.path.expanduser(text)), None) if looks or os.path.exists(text) else (None, text)
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """What a daemon with another working directory understands: an absolute path, or a model's address as it is."""
+    text = os.fspath(path)
+    return text if is_remote(text) else os.path.abspath(text)

@@ -22,13 +22,14 @@ from tiermem.errors import Closed, ImageAbandoned, ModelNotFound, Refused, Tierm
 from tiermem.fingerprint import is_image
 from tiermem.journal import Journal, Watcher
 from tiermem.lease import Lease, LeaseTable, Opened, Session
-from tiermem.load import Figures, Load, plan_checks, plan_reads, readiness
-from tiermem.loader import BLOCK_BYTES, Loader
+from tiermem.load import Figures, Load, plan_checks, readiness
+from tiermem.loader import Loader
 from tiermem.lookup import Found, Lookup
 from tiermem.memory import Memory
+from tiermem.peers import Peers
 from tiermem.rpc.messages import ReportRequest
 from tiermem.segment import open_backing
-from tiermem.source.file import FileSource
+from tiermem.source.choice import reads_of
 from tiermem.spare import Spare
 from tiermem.statistics import AccessStatistics
 from tiermem.steering import Steering
@@ -44,6 +45,7 @@ class Pool:
         self.config = config
         self.started_s = time.time()
         self.lock = threading.RLock()  # guards catalog, leases and tiers; for readers that need them to agree
+        self.peers = Peers(config)
         self.tiers = open_tiers(config.tier, host.numa_nodes())
         steering = Steering(config.policy, config.policy_budget)
         try:
@@ -60,7 +62,7 @@ class Pool:
         self.quarantined, self._closed = 0, False
         self.figures: dict[str, Figures] = {}
         self._digests = DigestRecords(config.digests)
-        self.lookup = Lookup(self.catalog, self._digests, self.tiers.disk, self._forget_if_idle)
+        self.lookup = Lookup(self.catalog, self._digests, self.peers, self.tiers.disk, self._forget_if_idle)
         self._loads: dict[str, Load] = {}
         self.tiering = Tiering(
             steering, config.quota, self.memory, self.catalog, self.leases, self._loads, self.statistics, self.lock,
@@ -105,7 +107,11 @@ class Pool:
         """Lease a model, by path or by name, and begin to load what is missing of it. Raises as `load` does,
         and ModelNotFound for an unknown name."""
         self.tiering.steering.refresh()
-        manifest = None if path is None else self.lookup.manifest(path, layers)
+        manifest = (
+            self.lookup.manifest(path, layers)
+            if path is not None
+            else self.lookup.elsewhere(name, self.tiering.steering.sources)
+        )
         return self.lease_found(session, lambda: self.lookup.find(manifest, name))
 
     def lease_found(self, session: Session, find: Callable[[], Found]) -> Opened:
@@ -163,12 +169,10 @@ class Pool:
         except TiermemError:
             self._forget_unloaded(record)
             raise
-        drawn = is_image(record.manifest)
-        tasks = plan_checks(record, missing) if drawn else plan_reads(record.manifest, missing, BLOCK_BYTES)
-        source = None if drawn else FileSource(record.manifest.files)
+        tasks, source = reads_of(record, segments, self.peers, self.tiering.steering.sources)
         nodes = [tier.node_mask for tier in self.tiers]
         load = Load(record, segments, tasks, source, self.spare.stock, self.lock, self._complete, nodes)
-        if drawn:
+        if is_image(record.manifest):
             load.filler, load.begun = lease, True
         self._loads[record.id] = load
         return load
@@ -334,6 +338,7 @@ class Pool:
             self._closed = True
         self.tiering.close()
         self.loader.close()
+        self.peers.close()
         self.spare.close()
         keep = self.config.keep and self.memory.backing.survives
         if self.files is not None and not keep:

@@ -1,4 +1,5 @@
-"""Server: a pool behind two Unix sockets, gRPC for control and one for descriptors. Decides nothing about weights.
+"""Server: a pool behind two Unix sockets, gRPC for control and one for descriptors, and for other hosts' pools behind
+TCP (peer_service). Decides nothing about weights.
 
 The event loop never waits for I/O: what may block runs on threads, and a wait for bytes is a future of the pool.
 """
@@ -16,31 +17,25 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
-from typing import ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
-
-import numpy as np
 
 from tiermem.catalog import ModelRecord
 from tiermem.config import Config, descriptor_path, socket_path
-from tiermem.errors import ConfigError, DeadlineExceeded, ProtocolError, Refused
+from tiermem.errors import ConfigError, ProtocolError, Refused
 from tiermem.images import Images
 from tiermem.lease import Opened, Session
 from tiermem.metrics import MetricsServer
 from tiermem.observer import Observer
+from tiermem.opener import Opener, ready_bits, until_ready
+from tiermem.peer_listener import serve_peers
 from tiermem.pool import Pool
 from tiermem.rpc import messages as m
-from tiermem.rpc.codec import encode_manifest
 from tiermem.rpc.descriptors import DescriptorServer, remove_stale
 from tiermem.rpc.server import create_server
 from tiermem.status import heat_of, moves_of, paths_of, status_of
-from tiermem.units import format_seconds
 
 _THREADS = 16
 _STOP_GRACE_S = 1.0
 _log = logging.getLogger(__name__)
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 class PoolService:
@@ -54,8 +49,8 @@ class PoolService:
         self._attached: set[asyncio.Event] = set()
         self._observer = Observer(pool, config, lambda: loop.call_soon_threadsafe(self._order))
         self._sessions: dict[bytes, Session] = {}
-        self._threads = ThreadPoolExecutor(_THREADS, "tiermem-rpc")
-        self._manifests: WeakKeyDictionary[ModelRecord, bytes] = WeakKeyDictionary()
+        self._opener = Opener(pool, ThreadPoolExecutor(_THREADS, "tiermem-rpc"))
+        self._blocking = self._opener.blocking
 
     def close(self) -> None:
         self._observer.close()
@@ -131,16 +126,9 @@ class PoolService:
     async def wait(self, request: m.WaitRequest, session: Session) -> m.WaitReply:
         lease = self.pool.lease(session, request.lease_id)
         future = await self._blocking(self.pool.when_ready, lease, request.tensors)
-        try:
-            # Shielded: the future is everyone's who waits for this load.
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), request.timeout_s)
-        except TimeoutError:
-            if not future.done():
-                given = format_seconds(request.timeout_s or 0)
-                raise DeadlineExceeded(f"the tensors were not loaded within {given}; wait longer") from None
-            future.result()
+        await until_ready(future, request.timeout_s)
         record = self.pool.record(lease)
-        return m.WaitReply(_bits(record), _grants(record))
+        return m.WaitReply(ready_bits(record), _grants(record))
 
     async def release(self, request: m.ReleaseRequest, session: Session) -> m.Empty:
         # A lease that ended already is what the caller wants; refusing it would make a repeated call an error.
@@ -197,34 +185,16 @@ class PoolService:
 
     async def _open(self, open_: Callable[[], tuple[Opened, bool]]) -> tuple[m.OpenReply, bool]:
         """What an open gives the client, and whether it is a draft."""
-        opening = asyncio.ensure_future(self._blocking(open_))
-        try:
-            opened, draft = await asyncio.shield(opening)
-            record = opened.record
-            encoded = self._manifests.get(record)
-            if encoded is None:
-                encoded = self._manifests[record] = await self._blocking(encode_manifest, record.manifest)
-        except BaseException:
-            # The client will not learn of the lease: it gave up waiting, or its manifest cannot be sent.
-            opening.add_done_callback(self._unopened)
-            raise
-        grants, ready = _grants(record), _bits(record)
-        return m.OpenReply(opened.lease.id, record.id, record.name, encoded, grants, ready, opened.files), draft
+        opened, manifest, draft = await self._opener.open(open_)
+        record, lease = opened.record, opened.lease
+        reply = m.OpenReply(
+            lease.id, record.id, record.name, manifest, _grants(record), ready_bits(record), opened.files
+        )
+        return reply, draft
 
     def _order(self) -> None:
         for changed in self._attached:
             changed.set()
-
-    def _unopened(self, opening: asyncio.Future[tuple[Opened, bool]]) -> None:
-        if not opening.cancelled() and opening.exception() is None:
-            self.pool.release(opening.result()[0].lease)
-
-    async def _blocking(self, call: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(*args, **kwargs))
-
-
-def _bits(record: ModelRecord) -> bytes:
-    return np.packbits(record.ready, bitorder="little").tobytes()
 
 
 def _grants(record: ModelRecord) -> tuple[m.SegmentGrant, ...]:
@@ -270,6 +240,7 @@ async def serve(config: Config, on_ready: Callable[[Pool], None]) -> None:
         descriptors = DescriptorServer(service.connected, service.descriptors, service.disconnected)
         ending.push_async_callback(descriptors.stop)
         await descriptors.start(str(descriptor_path(path)))
+        await serve_peers(pool, config, ending)
         on_ready(pool)
         if not pool.tiers.several:  # else the control loop does, before its first tick
             ending.push_async_callback(asyncio.wait, [loop.run_in_executor(None, pool.tiering.watch.measure)])

@@ -6,15 +6,18 @@ import math
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from tiermem import _native
 from tiermem.catalog import ModelRecord
-from tiermem.fingerprint import fingerprint_of
+from tiermem.fingerprint import fingerprint_of, is_image
 from tiermem.heat import HeatColumns
 from tiermem.load import Figures, Load
 from tiermem.observations import Rung
+from tiermem.peer.address import is_remote
+from tiermem.peer_service import PeerSession
 from tiermem.pool import Pool
 from tiermem.rpc.messages import MoveEntry
 from tiermem.statistics import Client, ModelHeat
@@ -55,6 +58,7 @@ def status_of(pool: Pool, name: str | None = None) -> dict[str, Any]:
                 "prefault_s": pool.spare.fill_s,
             },
             "staging_bytes": pool.loader.staging_bytes,
+            "remote": _remote(pool),
             "models": [_model(pool, record, loads.get(record.id)) for record in records],
         }
 
@@ -106,9 +110,11 @@ def residency_of(pool: Pool, record: ModelRecord) -> dict[str, str]:
 def _model(pool: Pool, record: ModelRecord, load: Load | None) -> dict[str, Any]:
     manifest = record.manifest
     figures = load.figures if load else pool.figures.get(record.id)
+    sessions = [lease.session for lease in pool.leases if lease.model_id == record.id]
     return {
         "name": record.name,
         "path": manifest.path,
+        "origin": _origin(record),
         "identity": record.id,
         "tensors": len(manifest.tensors),
         "segments": len(manifest.segments),
@@ -119,7 +125,8 @@ def _model(pool: Pool, record: ModelRecord, load: Load | None) -> dict[str, Any]
         "fingerprint": fingerprint_of(manifest),
         "state": _state(record, load),
         "leases": pool.leases.holders(record.id),
-        "readers": pool.leases.pids(record.id),
+        "readers": sorted({session.pid for session in sessions if not isinstance(session, PeerSession)}),
+        "peers": sorted({str(session.peer) for session in sessions if isinstance(session, PeerSession)}),
         "pins": record.pins,
         "opens": record.opens,
         "residency": residency_of(pool, record),
@@ -132,6 +139,65 @@ def _state(record: ModelRecord, load: Load | None) -> str:
     if load is not None:
         return "draft" if load.filler is not None else "loading"
     return "disk" if record.missing() else "resident"
+
+
+def _origin(record: ModelRecord) -> str:
+    """What its bytes come from: `checkpoint`, `peer`, or `image` (from nowhere but memory)."""
+    if is_image(record.manifest):
+        return "image"
+    return "peer" if is_remote(record.manifest.path) else "checkpoint"
+
+
+def _remote(pool: Pool) -> dict[str, Any]:
+    """What other hosts' pools have to do with this one: `peers` are those that it calls, `served` those that call it.
+    Holds the lock."""
+    peers, data = pool.peers, pool.peers.sent()
+    return {
+        "listen": "" if peers.listener is None else str(peers.listener),
+        "data_port": data.port,
+        "tls": peers.tls is not None,
+        "tls_name": peers.name,
+        "transport": asdict(peers.transports.own()),
+        "peers": [
+            {
+                "address": str(address),
+                "configured": address in peers.configured,
+                "connected": peers.connected(address),
+                "error": figures.error,
+                "used_ago_s": max(0.0, time.time() - figures.used_s) if figures.used_s else None,
+                "received_bytes": figures.received_bytes,
+                "transport": asdict(way) if (way := peers.transport(address)) else None,
+            }
+            for address, figures in peers.figures().items()
+        ],
+        "served": _served(pool, data.sent),
+        "sent_bytes": data.sent_bytes,
+        "exports": asdict(peers.exports()),
+        "connections": data.connections,
+        "accepted": data.accepted,
+        "refused": data.refused,
+        "cut": data.cut,
+    }
+
+
+def _served(pool: Pool, sent: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Peers by certificate or, without TLS, by host: those that are there, and those that something was sent to."""
+    guests = pool.peers.guests()
+    readers = [lease.session.peer for lease in pool.leases if isinstance(lease.session, PeerSession)]
+    hosts: dict[str, set[str]] = {party: set() for party in sent}
+    for peer in (*guests, *readers):
+        hosts.setdefault(peer.party, set()).add(peer.host)
+    sessions, leases = (Counter(peer.party for peer in peers) for peers in (guests, readers))
+    return [
+        {
+            "peer": party.partition(" ")[2],
+            "hosts": sorted(hosts[party]),
+            "sessions": sessions[party],
+            "leases": leases[party],
+            "sent_bytes": sent.get(party, 0),
+        }
+        for party in sorted(hosts)
+    ]
 
 
 def _tier(tier: Tier) -> dict[str, Any]:

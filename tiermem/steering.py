@@ -47,6 +47,11 @@ class Steering:
         return self._runner.guard_s
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """Where to look for weights that are in no memory here: PEER and DISK, what to try first before the other."""
+        return self._runner.sources
+
+    @property
     def warnings(self) -> list[str]:
         return self._runner.warnings
 

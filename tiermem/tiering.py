@@ -47,7 +47,9 @@ class Tiering:
         self.watch = TierWatch(memory, catalog, lock)
         self.control = Control(steering, self.migrator, self.watch, self._view)
         self._tiers, self._catalog, self._lock = memory.tiers, catalog, lock
-        self._views = Views(memory.tiers, statistics.heat, lambda record: leases.holders(record.id) > 0)
+        self._views = Views(
+            memory.tiers, statistics.heat, lambda record: leases.holders(record.id) > 0, memory.pins.pages
+        )
 
     def start(self) -> None:
         """Begin to move pages, where there is anywhere to move them."""

@@ -61,12 +61,17 @@ class Rows:
 
 
 class Views:
-    """Makes the views of one pool: `heat` gives a model's heat, `leased` whether anybody reads it."""
+    """Makes the views of one pool: `heat` gives a model's heat, `leased` whether anybody reads it, `pinned` which of
+    its pages must stay."""
 
     def __init__(
-        self, tiers: Tiers, heat: Callable[[ModelRecord], Heat], leased: Callable[[ModelRecord], bool]
+        self,
+        tiers: Tiers,
+        heat: Callable[[ModelRecord], Heat],
+        leased: Callable[[ModelRecord], bool],
+        pinned: Callable[[ModelRecord], npt.NDArray[np.bool_]],
     ) -> None:
-        self._tiers, self._heat, self._leased = tiers, heat, leased
+        self._tiers, self._heat, self._leased, self._pinned = tiers, heat, leased, pinned
         self._facts: WeakKeyDictionary[ModelRecord, PageFacts] = WeakKeyDictionary()
 
     def facts(self, record: ModelRecord) -> PageFacts:
@@ -91,7 +96,7 @@ class Views:
             "replicas": _joined([record.replicas for record in models], "replicas"),
             "last_used_s": _joined([np.repeat(r.last_used_s, np.diff(r.first_page)) for r in models], "last_used_s"),
             "leased": np.repeat(np.array([self._leased(record) for record in models], np.bool_), counts),
-            "pinned": np.repeat(np.array([record.pins > 0 for record in models], np.bool_), counts),
+            "pinned": _joined([self._pinned(record) for record in models], "pinned"),
         }
         for name in ("segment", "layer", "order", "tensor_class"):
             columns[name] = _joined([getattr(fact, name) for fact in facts], name)

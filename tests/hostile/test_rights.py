@@ -87,7 +87,7 @@ def test_open_sockets_keep_other_users_out(daemon: Daemon, weights: Weights) -> 
             assert child.line() == "AccessDenied 5 this pool serves user 0, not 65534; start a pool of your own"
         for _ in range(9):
             line = child.line()
-            assert line.startswith("AccessDenied 5 the call carries")
+            assert line.startswith("SessionUnknown 5 the call carries")
             assert "session token" in line
     assert daemon.status()["models"] == ()
     assert daemon.serves(weights)

@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import ConfigMaker
 from tests.integration.gate import Gate
-from tiermem import pool as pool_module
 from tiermem.embedded import EmbeddedPool
+from tiermem.source import choice
 
 PoolMaker = Callable[..., EmbeddedPool]
 
@@ -38,4 +38,4 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads of 64 KiB, so that a small checkpoint has many."""
-    monkeypatch.setattr(pool_module, "BLOCK_BYTES", 64 << 10)
+    monkeypatch.setattr(choice, "BLOCK_BYTES", 64 << 10)

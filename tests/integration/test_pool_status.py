@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import os
+import socket
+import ssl
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import CAP_SYS_NICE, CheckpointWriter, dram, has_capability
+from tests.certificates import Authority
+from tests.conftest import CAP_SYS_NICE, CheckpointWriter, ConfigMaker, dram, has_capability
 from tests.integration.conftest import PoolMaker
+from tests.integration.daemon import Daemon
+from tests.owner import Loop, Owner
 from tiermem import _native
+from tiermem.errors import ModelNotFound
+from tiermem.peer.address import parse_address
 from tiermem.source.file import FileSource
+from tiermem.status import status_of
 from tiermem.types import PAGE_BYTES
 
 KIB, MIB = 1 << 10, 1 << 20
+NO_EXPORTS = {"segments": 0, "pinned_bytes": 0, "queue_pairs": 0, "registrations": 0}
 UNMEASURED: dict[str, Any] = {
     "nodes": [], "online": True, "used_bytes": 0, "capacity_bytes": None, "idle_latency_s": None, "latency_s": None,
     "bandwidth_bytes_s": None,
@@ -33,7 +45,7 @@ def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: Checkpoint
     pool.pin("llama")
     model = pool.open("llama")
     status = pool.status()
-    assert set(status) == {"pool", "migration", "sampling", "tiers", "spare", "staging_bytes", "models"}
+    assert set(status) == {"pool", "migration", "sampling", "tiers", "spare", "staging_bytes", "remote", "models"}
     assert status["sampling"]["rung"] == "present"
     assert status["sampling"]["clients"] == [{"pid": os.getpid(), "leases": 1, "refused": "", "untrackable_pages": 0}]
     assert status["sampling"]["rungs"]["declared"]["pages"] == 3
@@ -60,15 +72,22 @@ def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: Checkpoint
     assert status["spare"] == {"target_bytes": 0, "ready_bytes": 0, "prefault_s": 0.0}
     assert status["staging_bytes"] == 4 * MIB
 
+    assert status["remote"].pop("transport")["name"] == "tcp"
+    assert status["remote"] == {
+        "listen": "", "data_port": 0, "tls": False, "tls_name": "", "peers": [], "served": [], "exports": NO_EXPORTS,
+        "sent_bytes": 0, "connections": 0, "accepted": 0, "refused": 0, "cut": 0,
+    }  # fmt: skip
+
     (entry,) = status["models"]
     figures = entry.pop("last_load")
     heat = entry.pop("heat")
     assert (heat["pages"], heat["known_pages"], heat["rungs"]) == (3, 0, ["declared"])
     assert entry == {
-        "name": "llama", "path": str(written.path), "identity": model.manifest.identity, "tensors": 6, "segments": 3,
-        "bytes": written.nbytes, "page_bytes": 3 * PAGE_BYTES, "resident_bytes": 3 * PAGE_BYTES,
-        "ready_bytes": written.nbytes, "state": "resident", "fingerprint": {}, "leases": 1, "readers": [os.getpid()],
-        "pins": 1, "opens": 1, "residency": {f"model.layers.{i}": "dram" for i in range(3)},
+        "name": "llama", "path": str(written.path), "origin": "checkpoint", "identity": model.manifest.identity,
+        "tensors": 6, "segments": 3, "bytes": written.nbytes, "page_bytes": 3 * PAGE_BYTES,
+        "resident_bytes": 3 * PAGE_BYTES, "ready_bytes": written.nbytes, "state": "resident", "fingerprint": {},
+        "leases": 1, "readers": [os.getpid()], "peers": [], "pins": 1, "opens": 1,
+        "residency": {f"model.layers.{i}": "dram" for i in range(3)},
     }  # fmt: skip
     assert figures.pop("check_only") is False
     assert figures.pop("read_bytes") == written.nbytes
@@ -148,3 +167,99 @@ def test_counts_of_leases_opens_and_evictions(embedded: PoolMaker, checkpoint: C
         "opens": 3, "residency": {"model.layers.0": "disk", "model.layers.1": "disk"}, "last_load": None,
     }  # fmt: skip
     assert by_name["second"]["opens"] == 0, "a load is no open"
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture
+def owner(loop: Loop, config: ConfigMaker, authority: Authority) -> Iterator[Owner]:
+    """A pool that others fetch from, by TLS."""
+    owner = Owner(loop, config, authority.issue("pool-a"))
+    yield owner
+    owner.close()
+
+
+def test_what_two_pools_tell_of_each_other(
+    owner: Owner, authority: Authority, embedded: PoolMaker, checkpoint: CheckpointWriter
+) -> None:
+    written, address = checkpoint("llama", layers=3), str(owner.address)
+    owner.load(written.path)
+    certificate = authority.issue("pool-b")
+    pool = embedded(peer=address, **certificate.options)
+    (row,) = pool.status()["remote"]["peers"]
+    assert row == {
+        "address": address, "configured": True, "connected": False, "error": "", "used_ago_s": None,
+        "received_bytes": 0, "transport": None,
+    }  # fmt: skip
+    with pool.open("llama") as model:
+        model.wait()
+        (entry,) = pool.status()["models"]
+        assert (entry["origin"], entry["path"]) == ("peer", f"tiermem://{address}/llama")
+        assert (entry["readers"], entry["peers"]) == ([os.getpid()], [])
+    (row,) = pool.status()["remote"]["peers"]
+    assert 0 <= row.pop("used_ago_s") < 60
+    assert row.pop("transport")["name"] == "tcp"
+    assert row == {
+        "address": address, "configured": True, "connected": True, "error": "", "received_bytes": written.nbytes,
+    }  # fmt: skip
+    with owner.connect(certificate) as remote:
+        remote.open(name="llama")
+        status = status_of(owner.pool)
+        assert status["models"][0]["peers"] == ["pool-b (127.0.0.1)"]
+        assert status["models"][0]["readers"] == [], "no process of this host reads it"
+        told = status["remote"]
+        assert told.pop("transport")["name"] == "tcp"
+        assert told.pop("accepted") > 0
+        assert told.pop("connections") >= 0
+        assert told.pop("data_port") == remote.data.port
+        assert told == {
+            "listen": address, "tls": True, "tls_name": "pool-a", "peers": [], "exports": NO_EXPORTS,
+            "sent_bytes": written.nbytes, "refused": 0, "cut": 0,
+            "served": [{
+                "peer": "pool-b", "hosts": ["127.0.0.1"], "sessions": 2, "leases": 1, "sent_bytes": written.nbytes,
+            }],
+        }  # fmt: skip
+
+
+def test_why_a_peer_is_not_connected(owner: Owner, embedded: PoolMaker, tmp_path: Path) -> None:
+    pool = embedded(peer=str(owner.address), **Authority(tmp_path, "other").issue("pool-b").options)
+    with pytest.raises(ModelNotFound):
+        pool.open("llama")
+    (row,) = pool.status()["remote"]["peers"]
+    assert (row["connected"], row["received_bytes"]) == (False, 0)
+    assert "is not accepted" in row["error"]
+
+
+def test_a_peer_that_lacks_a_model_has_not_failed(owner: Owner, authority: Authority, embedded: PoolMaker) -> None:
+    pool = embedded(peer=str(owner.address), **authority.issue("pool-b").options)
+    with pytest.raises(ModelNotFound):
+        pool.open("what-nobody-has")
+    (row,) = pool.status()["remote"]["peers"]
+    assert (row["connected"], row["error"]) == (True, "")
+
+
+def test_a_strangers_handshake_is_no_line_of_the_log(authority: Authority, tmp_path: Path) -> None:
+    stranger = Authority(tmp_path).issue("stranger")
+    with Daemon("--listen", "127.0.0.1:0", *authority.issue("pool-c").flags) as daemon:
+        address = parse_address(daemon.status()["remote"]["listen"])
+        context = ssl.create_default_context(cafile=str(authority.cert))
+        context.set_alpn_protocols(["h2"])
+        context.load_cert_chain(stranger.cert, stranger.key)
+        with (
+            socket.create_connection((address.host, address.port), 20) as plain,
+            suppress(OSError),
+            context.wrap_socket(plain, server_hostname=address.host) as refused,
+        ):
+            refused.recv(1)
+        assert "listening for peers" in daemon.log
+        assert "Handshake failed" not in daemon.log

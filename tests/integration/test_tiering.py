@@ -127,6 +127,7 @@ def test_a_policy_places_each_page(
     pool = embedded(tier=two(8, 8), policy=str(policy), policy_budget="5s")
     with pool.open(written.path) as model:
         assert written.same(model)
+        model.wait()
         assert model.residency() == {"model.layers.0": "dram+cxl", "model.layers.1": "dram+cxl"}
     assert tiers(pool, "model") == really(pool, nodes, "model") == ["dram", "cxl"] * 2
     assert pool.evict("model") == 4 * PAGE_BYTES

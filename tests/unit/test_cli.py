@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
-from tiermem import cli, errors
+from tests.certificates import Authority
+from tiermem import cli, errors, host
 from tiermem.cli import output
 from tiermem.cli.flags import config_flags
 from tiermem.config import BY_KEY, OPTIONS
+from tiermem.peer import transport
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "grpc", "numpy", "cffi", "tiermem._native", "tiermem._ffi", "tiermem.pool", "rich")
@@ -150,10 +153,10 @@ def test_doctor_prints_one_json_object(capsys: pytest.CaptureFixture[str], tmp_p
     assert list(report) == ["schema", "version", "host", "results"]
     assert report["schema"] == "tiermem.doctor/1"
     results = report["results"]
-    assert list(results) == ["facts", "storage", "tiers", "tiers_error", "backing", "daemon", "sampling"]
+    assert list(results) == ["facts", "storage", "tiers", "tiers_error", "backing", "daemon", "sampling", "remote"]
     assert (results["tiers"], results["tiers_error"]) == (["dram=64MiB", "disk"], "")
     assert results["backing"]["kind"] == "memfd"
-    assert set(results["facts"]["rdma"]) == {"available", "reason"}
+    assert set(results["facts"]["rdma"]) == set(results["facts"]["memlock"]) == {"available", "reason"}
     assert results["daemon"]["address"] == f"unix:{tmp_path}/tiermem/tiermem.sock"
     assert results["daemon"]["available"] is False
     rungs = {row["rung"]: row["available"] for row in results["sampling"]}
@@ -183,10 +186,15 @@ def test_doctor_fits_80_columns_and_names_every_capability(capsys: pytest.Captur
         "cxl",
         "migration",
         "rdma",
+        "memlock",
         "accelerator",
         "segments",
         "daemon",
         "present",
+        "listen",
+        "tls",
+        "pyverbs",
+        "transport",
     ):
         assert any(line.startswith(name) for line in lines), name
 
@@ -206,7 +214,62 @@ def test_doctor_config_tells_values_and_origins(
     assert rows["grace"] == (0.25, "seconds", "TIERMEM_GRACE")
     assert rows["keep"] == (False, None, "default")
     assert cli.main(["doctor", "--config"]) == 0
-    assert ["grace", "250.0", "ms", "TIERMEM_GRACE"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["grace", "250.0", "ms", "TIERMEM_GRACE"] in lines
+    for key in ("tls_cert", "listen", "peer", "metrics_port"):
+        assert [key, "unset", "default"] in lines
+    assert ["keep", "false", "default"] in lines
+    assert ["data_port", "0", "default"] in lines
+
+
+def remote(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    """What doctor finds of other hosts' pools."""
+    assert cli.main(["doctor", "--json", "--tier", "dram=64MiB", "--backing", "memfd", *flags]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)["results"]["remote"]
+    return found
+
+
+def test_doctor_says_why_weights_come_by_tcp(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = remote(capsys)
+    assert (alone["listen"], alone["peers"], alone["tls"]["available"]) == ("", [], False)
+    able = host.Capability(True, "")
+    for has, reason in (
+        (able, "pyverbs cannot be imported"),
+        (host.Capability(False, ""), "lacks an RDMA device, pyverbs"),
+    ):
+        monkeypatch.setattr(host, "rdma", lambda _root, has=has: has)
+        monkeypatch.setattr(host, "memlock", lambda _root: able)
+        monkeypatch.setattr("tiermem.peer.transport.pyverbs", lambda has=has: has)
+        own = transport.Transports().own()
+        assert own.name == "tcp"
+        assert reason in own.reason
+    assert "--transport tcp is given" in remote(capsys, "--transport", "tcp")["transport"]["reason"]
+
+
+def test_doctor_tells_what_is_wrong_with_the_tls_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    good, other = Authority(tmp_path).issue("pool-a"), Authority(tmp_path, "other").issue("pool-b")
+    assert remote(capsys, *good.flags)["tls"] == {"available": True, "reason": "both ways, as pool-a"}
+    for flags, reason in (
+        (["--listen", "0.0.0.0:7070"], "0.0.0.0:7070 is not of the loopback"),
+        (["--tls-cert", str(good.cert)], "give --tls-key and --tls-ca too"),
+        ([*good.flags[:4], "--tls-ca", str(other.ca)], "peers would refuse it"),
+        ([*good.flags[:2], "--tls-key", str(other.key), *good.flags[4:]], "not the key of"),
+    ):
+        found = remote(capsys, *flags)["tls"]
+        assert not found["available"]
+        assert reason in found["reason"], flags
+    assert "for --insecure is given" in remote(capsys, "--listen", "0.0.0.0:7070", "--insecure")["tls"]["reason"]
+
+
+def test_doctor_asks_every_peer_and_says_why_one_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"127.0.0.1:{taken.getsockname()[1]}"
+    first, second = remote(capsys, "--peer", nobody, "--peer", "192.0.2.1:7070")["peers"]
+    assert (first["address"], first["available"]) == (nobody, False)
+    assert f"no pool listens at {nobody} (Connection refused)" in first["reason"]
+    assert "--insecure" in second["reason"], "nobody is called in the clear who may not be"
 
 
 def test_text_of_users_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,10 @@ from tiermem.cli import output
 
 GIB = 1 << 30
 MODEL = {
-    "name": "llama", "path": "/models/llama", "identity": "ab" * 32, "tensors": 291, "segments": 34,
-    "bytes": 15 * GIB, "page_bytes": 15 * GIB, "resident_bytes": 15 * GIB, "ready_bytes": 15 * GIB,
-    "state": "resident", "fingerprint": {}, "leases": 3, "readers": (11, 12), "pins": 1, "opens": 7,
+    "name": "llama", "path": "/models/llama", "origin": "checkpoint", "identity": "ab" * 32,
+    "tensors": 291, "segments": 34, "bytes": 15 * GIB,
+    "page_bytes": 15 * GIB, "resident_bytes": 15 * GIB, "ready_bytes": 15 * GIB,
+    "state": "resident", "fingerprint": {}, "leases": 3, "readers": (11, 12), "peers": (), "pins": 1, "opens": 7,
     "residency": {"embeddings": "dram", "layers.0": "dram", "layers.1": "disk", "layers.2": "dram", "head": "dram"},
     "last_load": None,
 }  # fmt: skip
@@ -33,12 +34,19 @@ CXL_TIER = DRAM_TIER | {
     "name": "cxl", "kind": "cxl", "nodes": (1, 2), "online": False, "idle_latency_s": 250e-9, "bandwidth_bytes_s": 21e9,
 }  # fmt: skip
 DISK_TIER = DRAM_TIER | {"name": "disk", "kind": "disk", "capacity_bytes": None, "used_bytes": 0}
+REMOTE = {
+    "listen": "", "data_port": 0, "tls": False, "tls_name": "", "peers": (), "served": (),
+    "transport": {"name": "tcp", "reason": "it is the way"},
+    "exports": {"segments": 0, "pinned_bytes": 0, "queue_pairs": 0, "registrations": 0},
+    "sent_bytes": 0, "connections": 0, "accepted": 0, "refused": 0, "cut": 0,
+}  # fmt: skip
 STATUS = {
     "pool": POOL,
     "migration": MIGRATION,
     "tiers": (DRAM_TIER, DISK_TIER),
     "spare": {"target_bytes": 0, "ready_bytes": 0, "prefault_s": 0.0},
     "staging_bytes": 0,
+    "remote": REMOTE,
     "models": (MODEL,),
 }
 
@@ -115,8 +123,9 @@ def test_status_fits_80_columns_and_shows_every_model(
     rows = [line.split() for line in lines]
     assert ["dram", "16.0", "GiB", "64.0", "GiB", "25%"] in rows
     assert ["disk", "unbounded"] in rows
-    assert ["llama", "resident", "15.0", "GiB", "3", "2", "1", "7"] in rows
-    assert ["phi", "loading", "20%", "15.0", "GiB", "3", "0", "1", "7"] in rows
+    assert ["llama", "resident", "15.0", "GiB", "3", "2", "1", "7", "checkpoint"] in rows
+    assert ["phi", "loading", "20%", "15.0", "GiB", "3", "0", "1", "7", "checkpoint"] in rows
+    assert not any("peers" in line or "tcp" in line for line in lines), "there is no other pool to speak of"
     assert max(map(len, lines[2:])) <= output.PIPE_COLUMNS
 
 
@@ -144,11 +153,47 @@ def test_status_of_a_model_shows_runs_of_layers(answer: dict[str, Any], capsys: 
     ]  # fmt: skip
 
 
+def test_status_tells_of_other_hosts_pools(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    peer = {"address": "pool-b:7070", "configured": True, "connected": True, "error": "", "used_ago_s": 3.0}
+    dead = {"address": "[::1]:7070", "connected": False, "error": "nobody there", "used_ago_s": None}
+    answer["remote"] = REMOTE | {
+        "listen": "0.0.0.0:7070", "data_port": 7071, "tls": True, "tls_name": "pool-a",
+        "sent_bytes": 2 * GIB, "connections": 1, "accepted": 8, "refused": 3,
+        "peers": (
+            peer | {"received_bytes": GIB, "transport": {"name": "rdma", "reason": "both can"}},
+            dead | {"received_bytes": 0, "transport": None},
+        ),
+        "exports": {"segments": 2, "pinned_bytes": 3 * GIB, "queue_pairs": 4, "registrations": 5},
+        "served": ({"peer": "pool-c", "hosts": ("10.0.0.3",), "sessions": 1, "leases": 2, "sent_bytes": GIB},),
+    }  # fmt: skip
+    answer["models"] = (MODEL | {"origin": "peer", "path": "tiermem://pool-b:7070/far/qwen", "peers": ("pool-c (x)",)},)
+    assert cli.main(["status"]) == 0
+    text = capsys.readouterr().out
+    assert "listens for peers at 0.0.0.0:7070 by TLS, as pool-a; weights leave by port 7071\n" in text
+    assert "sent 2.0 GiB by 8 connections, 1 of them open; 3 refused, 0 cut off\n" in text
+    assert "weights come by tcp: it is the way\n" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["pool-b:7070", "yes", "3.00", "s", "ago", "1.0", "GiB", "rdma", "both", "can"] in rows
+    assert "3.0 GiB are pinned for RDMA, which 4 queue pairs read\n" in text
+    assert ["[::1]:7070", "no", "0", "B", "nobody", "there"] in rows
+    assert ["pool-c", "10.0.0.3", "1", "2", "1.0", "GiB"] in rows
+    assert ["llama", "resident", "15.0", "GiB", "3", "3", "1", "7", "pool-b:7070"] in rows
+    assert cli.main(["status", "llama"]) == 0
+    assert "readers: 11, 12, pool-c (x)\n" in capsys.readouterr().out
+
+
+def test_another_pools_model_is_not_cut_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["load", "tiermem://pool-b:7070/qwen", "--layer-pattern", "(.)"]) == 2
+    assert "has cut it already" in capsys.readouterr().err
+
+
 def test_status_of_an_image_shows_what_it_is_of(answer: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"tp": "2", "engine": "vllm 0.32.0", "checkpoint": "f" * 300}
-    answer["models"] = (MODEL | {"state": "draft", "path": "image:00ff", "fingerprint": fields},)
+    image = {"state": "draft", "origin": "image", "path": "image:00ff", "fingerprint": fields}
+    answer["models"] = (MODEL | image,)
     assert cli.main(["status"]) == 0
-    assert ["llama", "draft", "15.0", "GiB", "3", "2", "1", "7"] in map(str.split, capsys.readouterr().out.splitlines())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["llama", "draft", "15.0", "GiB", "3", "2", "1", "7", "image"] in rows
     assert cli.main(["status", "llama"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows.index(["engine", "vllm", "0.32.0"]) < rows.index(["tp", "2"])

@@ -120,6 +120,16 @@ def test_devices_are_counted(build: Build) -> None:
     assert facts.rdma == host.Capability(True, "mlx5_0")
 
 
+def test_memory_is_pinned_within_the_limit(build: Build) -> None:
+    def limited(nbytes: int | str) -> host.Capability:
+        return host.memlock(build({"proc/self/limits": f"Max locked memory         {nbytes}   {nbytes}    bytes\n"}))
+
+    assert "only 8.0 MiB may be pinned" in limited(8 << 20).reason
+    assert "LimitMEMLOCK=" in limited(8 << 20).reason
+    assert [limited(n).available for n in (8 << 20, 8 * GIB, "unlimited", 0)] == [False, True, True, False]
+    assert host.memlock(build(ROOT_STATUS)).available, "CAP_IPC_LOCK"
+
+
 def test_storage_is_of_the_deepest_and_latest_mount(build: Build, tmp_path: Path) -> None:
     models = tmp_path / "models"
     models.mkdir()

@@ -158,6 +158,45 @@ def test_bytes_that_differ_from_their_record_are_not_published(staging: Any) -> 
     assert sorted(bench.completed) == [1, 2]
 
 
+def test_no_more_is_begun_than_the_source_is_good_for(staging: Any) -> None:
+    bench = Bench(LAYERS)
+    everything = len(Bench(LAYERS).tasks())
+    bench.source.reads_at_once = 2
+    begun = bench.tasks()
+    assert len(begun) == 2
+    assert not bench.load.done
+    for _ in range(everything - 2):
+        bench.load.perform(begun.pop(0), staging)
+        bench.load.in_flight -= 1
+        begun += bench.tasks()
+        assert len(begun) == 2
+    bench.source.reads_at_once = None
+    assert bench.tasks() == []
+
+
+def test_bytes_that_are_not_believed_are_read_again_and_no_others_with_them(staging: Any) -> None:
+    honest = Bench(LAYERS)
+    for task in honest.tasks():
+        honest.load.perform(task, staging)
+    bench = Bench(LAYERS)
+    bench.record.digests[:] = honest.record.digests
+    bench.source.lies = 1
+    tasks = bench.tasks()
+    first = next(task for task in tasks if task.parts)
+    tasks.remove(first)
+    bench.load.perform(first, staging)
+    assert not bench.record.ready[list(first.tensors)].any()
+    again = bench.load.next_task()
+    assert again is not None
+    assert len(again.tensors) == 1
+    assert {part.tensor for part in again.parts} == set(again.tensors)
+    for task in (again, *tasks):
+        bench.load.perform(task, staging)
+    assert bench.record.ready.all()
+    assert sorted(bench.completed) == [0, 1, 2]
+    assert [bench.bytes_of(i) for i in range(6)] == [honest.bytes_of(i) for i in range(6)]
+
+
 def test_bytes_of_a_file_that_changed_meanwhile_are_not_published(staging: Any) -> None:
     bench = Bench(LAYERS)
     task = bench.load.next_task()

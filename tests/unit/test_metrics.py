@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,10 @@ from tiermem.embedded import EmbeddedPool
 from tiermem.errors import ConfigError
 from tiermem.metrics import MetricsServer
 from tiermem.observations import Rung
+from tiermem.peer.address import Address
+from tiermem.peer.identity import Identity
+from tiermem.peer.rdma_exporter import Figures as ExportFigures
+from tiermem.peer.sender import Figures
 
 Scraped = dict[str, dict[str, float]]
 
@@ -47,6 +52,27 @@ def test_a_pool_that_did_nothing(served: MetricsServer, pool: EmbeddedPool) -> N
     assert found["tiermem_evicted_bytes_total"] == found["tiermem_quarantined_loads_total"] == {"": 0}
     assert not any(name.startswith("tiermem_sampling") for name in found)
     assert all(name.startswith("tiermem_") for name in found), "this process is not the pool's"
+
+
+def test_what_crossed_between_pools(served: MetricsServer, pool: EmbeddedPool) -> None:
+    found = scrape(served.port)
+    assert found["tiermem_peer_connections"] == found["tiermem_peer_sessions"] == {"": 0}
+    crossed = [name for name in found if name.startswith("tiermem_peer") and "bytes" in name]
+    assert crossed == ["tiermem_peer_pinned_bytes"]
+    peers = pool._pool.peers
+    sent = Counter({"name pool-c": 7, "host 10.0.0.3": 17})
+    peers.sent = lambda: Figures(sent=sent, connections=1, accepted=3, refused=4, cut=5)
+    peers.guests = lambda: [Identity("", "10.0.0.3")] * 2
+    peers.exports = lambda: ExportFigures(segments=1, pinned_bytes=19)
+    peers.received(Address("pool-b", 7070), 11)
+    peers.received(Address("::1", 7070), 13)
+    found = scrape(served.port)
+    assert found["tiermem_peer_received_bytes_total"] == {"pool-b:7070": 11, "[::1]:7070": 13}
+    assert found["tiermem_peer_sent_bytes_total"] == {"pool-c": 7, "10.0.0.3": 17}
+    counts = {name: found[f"tiermem_peer_{name}_total"][""] for name in ("accepted", "refused", "cut")}
+    assert found["tiermem_peer_pinned_bytes"] == {"": 19}
+    assert counts == {"accepted": 3, "refused": 4, "cut": 5}
+    assert (found["tiermem_peer_connections"], found["tiermem_peer_sessions"]) == ({"": 1}, {"": 2})
 
 
 def test_numbers_follow_the_pool(served: MetricsServer, pool: EmbeddedPool, checkpoint: CheckpointWriter) -> None:

@@ -237,7 +237,7 @@ def test_without_a_session_nothing_is_served(served: Served, token: bytes | None
         for method in METHODS.values():
             status, error = raw_error(channel, method.path, codec.encode(LoadRequest("/m")), token)
             assert status is grpc.StatusCode.UNAUTHENTICATED
-            assert type(error) is errors.AccessDenied
+            assert type(error) is errors.SessionUnknown
             assert word in str(error)
     assert served.pool.seen == []
 

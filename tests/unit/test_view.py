@@ -16,6 +16,7 @@ from tests.unit.tiers_bench import tiers_of
 from tiermem.catalog import Catalog, ModelRecord
 from tiermem.heat import Heat
 from tiermem.observations import Bits, Rung
+from tiermem.pins import Pins
 from tiermem.policy import PAGE_DTYPES, View
 from tiermem.types import LOADING, PAGE_BYTES, TENSOR_CLASSES
 from tiermem.view import Rows, Views
@@ -41,8 +42,12 @@ class Pool:
         self.first.opens, self.second.pins = 3, 1
         self.tiers[DRAM].reserve(2 * PAGE_BYTES)
         self.tiers[CXL].reserve(PAGE_BYTES)
+        self.pins = Pins()
         self.views = Views(
-            self.tiers, lambda record: self.heats[record.name], lambda record: record.name in self.leased
+            self.tiers,
+            lambda record: self.heats[record.name],
+            lambda record: record.name in self.leased,
+            self.pins.pages,
         )
 
     def view(self, now_s: float = 9.5) -> tuple[View, Rows]:
@@ -182,3 +187,14 @@ def test_pieces_are_what_a_walk_over_all_pages_finds(models: list[list[int]], da
     for piece in pieces:
         base = piece.record.first_page[piece.segment]
         assert piece.rows == slice(base + piece.pages.start, base + piece.pages.stop)
+
+
+def test_pages_that_a_device_reads_stay_where_they_are(pool: Pool) -> None:
+    assert not pool.view()[0].pages.pinned[: pool.first.first_page[-1]].any()
+    pool.pins.mark(str(pool.first.keys[1]), True)
+    view, _ = pool.view()
+    assert view.pages.pinned[: pool.first.first_page[-1]].tolist() == [
+        segment == 1 for segment in (0, 1) for _ in range(pool.first.manifest.segments[segment].pages)
+    ]
+    pool.pins.mark(str(pool.first.keys[1]), False)
+    assert not pool.view()[0].pages.pinned[: pool.first.first_page[-1]].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import tempfile
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tiermem import host
-from tiermem.cli import output
+from tiermem.cli import doctor_remote, output
 from tiermem.cli.flags import config_flags, json_flag
 from tiermem.config import BY_KEY, Config, Setting, load_config, origins, socket_path
 from tiermem.errors import ConfigError
@@ -27,7 +28,9 @@ _CONNECT_S = 1.0
 @click.command()
 @click.argument("directory", default=".", type=click.Path())
 @click.option("--config", "show_config", is_flag=True, help="Show each option, its value and where it came from.")
-@config_flags("address", "tier", "backing")
+@config_flags(
+    "address", "tier", "backing", "listen", "peer", "tls_cert", "tls_key", "tls_ca", "insecure", "allow", "transport"
+)
 @json_flag
 def command(directory: str, show_config: bool, as_json: bool, **flags: object) -> None:
     """Show what this host can do, and why not the rest.
@@ -37,6 +40,7 @@ def command(directory: str, show_config: bool, as_json: bool, **flags: object) -
     if show_config:
         _show_config(origins(flags), as_json)
         return
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else it tells on stderr, beside us, of handshakes that failed
     config = load_config(flags)
     facts = host.probe()
     disk = host.storage(directory)
@@ -44,6 +48,7 @@ def command(directory: str, show_config: bool, as_json: bool, **flags: object) -
     daemon = _daemon(config.address)
     rungs = _rungs()
     tiers_error = _tiers_error(config, facts)
+    remote = doctor_remote.examine(config)
     if as_json:
         results = {
             "facts": asdict(facts),
@@ -53,6 +58,7 @@ def command(directory: str, show_config: bool, as_json: bool, **flags: object) -
             "backing": {"kind": kind, **asdict(backing)},
             "daemon": {"address": config.address, **asdict(daemon)},
             "sampling": [{"rung": rung.name, "available": rung.available, "reason": rung.reason} for rung in rungs],
+            "remote": remote,
         }
         output.emit_json("doctor", results)
     else:
@@ -60,6 +66,7 @@ def command(directory: str, show_config: bool, as_json: bool, **flags: object) -
         output.line("")
         rows = [(rung.name, _mark(rung.available), rung.reason) for rung in rungs]
         output.table(("sampling by", "", "why"), rows)
+        doctor_remote.show(remote)
 
 
 def _rungs() -> tuple[RungState, ...]:
@@ -153,9 +160,11 @@ def _value_text(key: str, setting: Setting) -> str:
             return format_bytes(setting.value)
         case "seconds":
             return format_seconds(setting.value)
-    return str(setting.value).lower() if isinstance(setting.value, bool) else str(_plain(setting.value))
+    if isinstance(setting.value, bool):
+        return str(setting.value).lower()
+    return "unset" if setting.value in (None, "", ()) else str(_plain(setting.value))
 
 
 def _plain(value: Any) -> Any:
-    """Tiers as they are written on the command line."""
+    """Lists as they are written on the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else value

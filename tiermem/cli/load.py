@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -16,6 +15,7 @@ from tiermem.cli import output
 from tiermem.cli.flags import address_flag, json_flag
 from tiermem.config import load_config
 from tiermem.errors import TiermemError
+from tiermem.peer.address import SCHEME
 from tiermem.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
@@ -34,14 +34,16 @@ _PATTERN = "--layer-pattern"
 @address_flag
 @json_flag
 def command(path: str, name: str | None, layer_pattern: str | None, as_json: bool, **flags: Any) -> None:
-    """Load the checkpoint at PATH, a directory or a file, into the pool of this host.
+    """Load the checkpoint at PATH, a directory or a file, into the pool of this host; or the model of another host's
+    pool, as tiermem://HOST:PORT/NAME.
 
     Returns when it is resident and its bytes are verified. Tensors whose names REGEX does not match keep the layers
     that their names suggest.
     """
     from tiermem.client import Client
+    from tiermem.paths import absolute
 
-    path = os.path.abspath(path)
+    path = absolute(path)
     layers = _layers(path, layer_pattern) if layer_pattern is not None else None
     with Client(load_config(flags).address) as client:
         # The reply to the load comes too late to tell: by then a small model may be there.
@@ -67,6 +69,8 @@ def command(path: str, name: str | None, layer_pattern: str | None, as_json: boo
 
 def _layers(path: str, pattern: str) -> dict[str, str]:
     """Tensor -> layer by the user's regex: matched here, where a slow one holds up nobody else."""
+    if path.startswith(SCHEME):
+        raise click.BadParameter("the pool that has the model has cut it already", param_hint=_PATTERN)
     try:
         regex = re.compile(pattern)
     except re.error as error:

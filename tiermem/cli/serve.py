@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,6 +27,8 @@ def command(**flags: Any) -> None:
     """
     import asyncio
 
+    # Before gRPC is imported: a stranger's handshake that fails is his to hear of, and not a line of our log.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from tiermem.server import serve
 
     config = load_config(flags)

@@ -50,6 +50,7 @@ def _show_pool(address: str, status: dict[str, Any]) -> None:
     output.line("")
     columns = ("tier", ">used", ">capacity", ">fill", "nodes", ">latency", ">bandwidth")
     output.table(columns, [_tier_row(tier) for tier in status["tiers"]])
+    _show_remote(status["remote"])
 
 
 def _show_migration(migration: dict[str, Any], several_tiers: bool) -> None:
@@ -76,17 +77,56 @@ def _tier_row(tier: dict[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _show_remote(remote: dict[str, Any]) -> None:
+    """Other hosts' pools, where there are any to speak of."""
+    if remote["listen"]:
+        refused = f"; {remote['refused']} refused, {remote['cut']} cut off" if remote["refused"] + remote["cut"] else ""
+        output.line("")
+        how = f"by TLS, as {remote['tls_name']}" if remote["tls"] else "in the clear"
+        output.line(f"listens for peers at {remote['listen']} {how}; weights leave by port {remote['data_port']}")
+        sent, connections = format_bytes(remote["sent_bytes"]), f"{remote['accepted']} connections"
+        output.line(f"sent {sent} by {connections}, {remote['connections']} of them open{refused}")
+        if pinned := remote["exports"]["pinned_bytes"]:
+            readers = remote["exports"]["queue_pairs"]
+            output.line(f"{format_bytes(pinned)} are pinned for RDMA, which {readers} queue pairs read")
+    if remote["peers"]:
+        output.line("")
+        output.line(f"weights come by {remote['transport']['name']}: {remote['transport']['reason']}")
+        columns = ("peer", "connected", "called", ">received", "by", "why", "last error")
+        output.table(columns, [_peer_row(peer) for peer in remote["peers"]])
+    if remote["served"]:
+        output.line("")
+        rows = [
+            (peer["peer"], ", ".join(peer["hosts"]), peer["sessions"], peer["leases"], format_bytes(peer["sent_bytes"]))
+            for peer in remote["served"]
+        ]
+        output.table(("serves", "at", ">sessions", ">leases", ">sent"), rows)
+
+
+def _peer_row(peer: dict[str, Any]) -> tuple[str, ...]:
+    ago_s, way = peer["used_ago_s"], peer["transport"] or {"name": "", "reason": ""}
+    return (
+        peer["address"], "yes" if peer["connected"] else "no", "" if ago_s is None else f"{format_seconds(ago_s)} ago",
+        format_bytes(peer["received_bytes"]), way["name"], way["reason"], peer["error"],
+    )  # fmt: skip
+
+
 def _show_models(models: list[dict[str, Any]]) -> None:
     output.line("")
     if not models:
         output.line("no models; tiermem load PATH brings one")
         return
     rows = [
-        (model["name"], _state(model), format_bytes(model["bytes"]), model["leases"], len(model["readers"]),
-         model["pins"], model["opens"])
+        (model["name"], _state(model), format_bytes(model["bytes"]), model["leases"],
+         len(model["readers"]) + len(model["peers"]), model["pins"], model["opens"], _origin(model))
         for model in models
     ]  # fmt: skip
-    output.table(("model", "state", ">bytes", ">leases", ">readers", ">pins", ">opens"), rows)
+    output.table(("model", "state", ">bytes", ">leases", ">readers", ">pins", ">opens", "from"), rows)
+
+
+def _origin(model: dict[str, Any]) -> str:
+    """The pool that it came from, in place of the model's address there, which may be long."""
+    return str(model["path"]).split("/")[2] if model["origin"] == "peer" else str(model["origin"])
 
 
 def _state(model: dict[str, Any]) -> str:
@@ -96,7 +136,7 @@ def _state(model: dict[str, Any]) -> str:
 
 
 def _show_model(model: dict[str, Any]) -> None:
-    readers = ", ".join(map(str, model["readers"])) or "none"
+    readers = ", ".join(map(str, (*model["readers"], *model["peers"]))) or "none"
     output.line("")
     output.line(f"{model['name']}: {model['path']}")
     output.line(

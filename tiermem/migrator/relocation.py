@@ -99,7 +99,7 @@ class Relocation:
             return order.part(np.zeros(len(order.pages), np.bool_))
         tiers = record.residency[order.rows]
         verdicts = {
-            log.PINNED: np.full(len(tiers), record.pins > 0),
+            log.PINNED: self._memory.pins.pages(record)[order.rows],
             log.LOADING: tiers == LOADING,
             log.ELSEWHERE: tiers != order.source.id,
             log.OFFLINE: np.full(len(tiers), not order.target.online),

@@ -5,6 +5,7 @@ A policy is a file with one class:
     class Mine:
         period_s = 1.0                                  # how often it is asked; optional
         guard_s = 10.0                                  # a page does not go back within this time; optional
+        sources = ("peer", "disk")                      # where missing weights are looked for, in this order; optional
         def plan(self, view: View) -> Plan: ...
         def place(self, request: Request) -> NDArray[np.int8]: ...   # tier of each new page; optional
 
@@ -16,6 +17,8 @@ from tiermem.policy.plan import Plan as Plan
 from tiermem.policy.plan import check_plan as check_plan
 from tiermem.policy.plan import evictions as evictions
 from tiermem.policy.plan import moves as moves
+from tiermem.policy.source import DISK as DISK
+from tiermem.policy.source import PEER as PEER
 from tiermem.policy.source import Policy as Policy
 from tiermem.policy.source import load_policy as load_policy
 from tiermem.policy.state import PageState as PageState

@@ -27,6 +27,8 @@ PERIOD_S = 1.0
 """How often a policy is asked that does not say."""
 GUARD_S = 10.0
 """How long a page stays where it was moved to, where the policy does not say."""
+PEER, DISK = "peer", "disk"
+"""Sources of weights that are in no memory of this host. Where a policy does not say, peers are asked first."""
 MAX_TEXT = 1000
 """Characters of a policy's own words that go on into messages."""
 
@@ -41,7 +43,8 @@ _serial = itertools.count()
 
 
 class Policy(Protocol):
-    """What a policy file's class must have. It may also have `period_s`, `guard_s` and `place(self, request)`."""
+    """What a policy file's class must have. It may also have `period_s`, `guard_s`, `sources` and
+    `place(self, request)`."""
 
     def plan(self, view: View) -> Plan: ...
 
@@ -71,6 +74,7 @@ def load_policy(name: str) -> Policy:
         raise ConfigError(f"policy {name}: {cls.__name__}() {describe(error, name)}") from error
     seconds_of(policy, "period_s", name)
     seconds_of(policy, "guard_s", name)
+    sources_of(policy, name)
     return policy
 
 
@@ -81,6 +85,16 @@ def seconds_of(policy: Policy, attribute: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ConfigError(f"policy {name}: {attribute} = {value!r:.100} must be seconds from {low:g} to {high:g}")
     return float(value)
+
+
+def sources_of(policy: Policy, name: str) -> tuple[str, ...]:
+    """`sources` of a policy, or what stands for it. Raises ConfigError unless it is DISK, with or without PEER."""
+    value: object = getattr(policy, "sources", (PEER, DISK))
+    if not isinstance(value, tuple | list) or tuple(value) not in ((PEER, DISK), (DISK, PEER), (DISK,)):
+        raise ConfigError(
+            f"policy {name}: sources = {value!r:.100} must be ({PEER!r}, {DISK!r}), ({DISK!r}, {PEER!r}) or ({DISK!r},)"
+        )
+    return tuple(value)
 
 
 def describe(error: BaseException, path: str) -> str:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from tiermem.errors import ConfigError, PolicyError
 from tiermem.policy import Plan, Request, View, check_plan, fill_fastest, load_policy
 from tiermem.policy.placing import check_place
-from tiermem.policy.source import describe, is_file, seconds_of, warnings_of
+from tiermem.policy.source import describe, is_file, seconds_of, sources_of, warnings_of
 from tiermem.runner.frames import unpack_plan
 from tiermem.runner.process import Died, Overran, PolicyProcess
 
@@ -38,6 +38,7 @@ class Runner(Protocol):
     name: str
     period_s: float
     guard_s: float
+    sources: tuple[str, ...]
     warnings: list[str]
 
     @property
@@ -69,6 +70,7 @@ class _Asked(ABC):
 
     period_s: float
     guard_s: float
+    sources: tuple[str, ...]
     warnings: list[str]
 
     def __init__(self, name: str, budget_s: float) -> None:
@@ -126,6 +128,7 @@ class _Shipped(_Asked):
         super().__init__(name, budget_s)
         policy = load_policy(name)
         self.period_s, self.guard_s = seconds_of(policy, "period_s", name), seconds_of(policy, "guard_s", name)
+        self.sources = sources_of(policy, name)
         self.warnings = []
         self.cpu_s = 0.0
         self._policy: Any = policy
@@ -170,7 +173,7 @@ class _File(_Asked):
         self._process = PolicyProcess()
         try:
             self._process.ask(("load", name))
-            self.period_s, self.guard_s, self._places = self._loaded(self._process.answer(LOAD_S))
+            self.period_s, self.guard_s, self.sources, self._places = self._loaded(self._process.answer(LOAD_S))
             self.warnings = warnings_of(name)
         except Overran:
             line = _in_line(self._process.line(name))
@@ -191,10 +194,10 @@ class _File(_Asked):
     def changed(self) -> bool:
         return _identity(self.name) != self._identity
 
-    def _loaded(self, answer: list[Any]) -> tuple[float, float, bool]:
+    def _loaded(self, answer: list[Any]) -> tuple[float, float, tuple[str, ...], bool]:
         match answer:
-            case ["loaded", float(period_s), float(guard_s), bool(places)]:
-                return period_s, guard_s, places
+            case ["loaded", float(period_s), float(guard_s), [*sources], bool(places)]:
+                return period_s, guard_s, tuple(map(str, sources)), places
             case ["failed", str(text)]:
                 raise ConfigError(text)
         raise PolicyError("answered nonsense")

@@ -2,7 +2,7 @@
 
 Started as `python -m tiermem.runner.child LIFE` by tiermem.runner.process. It answers one question at a time:
 
-    ("load", path)          -> ["loaded", period_s, guard_s, whether it has place]
+    ("load", path)          -> ["loaded", period_s, guard_s, sources, whether it has place]
     ("plan", view)          -> ["begun"], then ["plan", *columns]
     ("place", request)      -> ["begun"], then ["placed", bytes]
     ("check", pages)        -> ["check", name, result, line, detail] for each check, ["begun", name] before it; ["done"]
@@ -29,7 +29,7 @@ from tiermem.policy import Move, Request, View, check_plan, load_policy
 from tiermem.policy.placing import check_place
 from tiermem.policy.plan import MAX_MOVES, Plan
 from tiermem.policy.probe import steps
-from tiermem.policy.source import describe, seconds_of
+from tiermem.policy.source import describe, seconds_of, sources_of
 from tiermem.runner.frames import QUESTION, pack_answer, pack_plan, unpack_question
 
 MAX_DATA_BYTES = 4 << 30
@@ -115,7 +115,7 @@ class Child:
     def _load(self) -> None:
         self._policy = policy = load_policy(self._path)
         times = (seconds_of(policy, name, self._path) for name in ("period_s", "guard_s"))
-        self._pipes.answer("loaded", *times, hasattr(policy, "place"))
+        self._pipes.answer("loaded", *times, sources_of(policy, self._path), hasattr(policy, "place"))
 
     def _check(self, pages: int) -> None:
         for name, check in steps(self._policy, self._path, pages):

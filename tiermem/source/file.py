@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from tiermem import _native
 from tiermem.checkpoint import check_unchanged
 from tiermem.errors import NativeError, ReadError
+from tiermem.source.fill import Fill
 from tiermem.types import CheckpointFile
-
-Part = tuple[int, int, int]
-"""(offset in the file, length, destination address)"""
 
 
 class FileSource:
@@ -26,15 +24,28 @@ class FileSource:
         self._readers: dict[int, _native.Reader] = {}
         self._opening = threading.Lock()
 
-    def read(self, file: int, parts: Sequence[Part], staging: _native.Staging) -> None:
+    @property
+    def reads_at_once(self) -> None:
+        return None
+
+    @property
+    def whole_segments(self) -> bool:
+        return False
+
+    def read(self, file: int, fills: Sequence[Fill], staging: _native.Staging) -> None:
         """Fill the parts of file number `file`. Raises ReadError or CheckpointChanged."""
         reader = self._reader(file)
         try:
-            reader.read(parts, staging)
+            reader.read([fill[:3] for fill in fills], staging)
         except NativeError as error:
             self.check()
-            path, first, last = self._files[file].path, parts[0], parts[-1]
-            raise ReadError(f"{path}: bytes {first[0]} to {last[0] + last[1]}: {error}; check the disk") from error
+            path, first, last = self._files[file].path, fills[0], fills[-1]
+            end = last.file_offset + last.length
+            raise ReadError(f"{path}: bytes {first.file_offset} to {end}: {error}; check the disk") from error
+
+    def disbelieve(self, tensor: int) -> bool:
+        """Files are read as they are: never again."""
+        return False
 
     def check(self) -> None:
         """Raise CheckpointChanged unless every file read from still has the size, time and inode of the manifest."""
