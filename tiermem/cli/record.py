@@ -111,15 +111,28 @@ def _record(
 
 def _wait(capture: Capture, limit_s: float | None, ended: Callable[[], bool]) -> str:
     begin = time.monotonic()
-    try:
+    with _interrupts() as interrupts:
         while not ended():
+            if interrupts:
+                return "interrupted"
             if capture.pool_ended.wait(_STEP_S):
                 return "failed" if capture.failure else "the pool ended"
             if limit_s is not None and time.monotonic() - begin >= limit_s:
                 return "duration"
-    except KeyboardInterrupt:
-        return "interrupted"
     return "the process ended"
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM as they come. An exception would be lost where it is raised in a callback or a destructor."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield came
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager
