@@ -37,6 +37,9 @@ from tiermem.peer.transport import Transport, Transports
 from tiermem.rpc import peer_messages as p
 from tiermem.types import Manifest
 
+_TOGETHER_S = 0.5
+"""Threads of one load ask for a session together: one try is enough for them."""
+
 _FORGIVEN_S = 30.0
 """A peer that could not be called is left alone so long by those who can do without it."""
 
@@ -98,7 +101,7 @@ class Peers:
         self._lock = threading.Lock()
         self._sessions: dict[Address, _Session] = {}
         self._connecting: defaultdict[Address, threading.Lock] = defaultdict(threading.Lock)
-        self._refused: dict[Address, tuple[float, Exception]] = {}  # when and why there was no session, last
+        self._refused: dict[Address, tuple[float, Exception]] = {}  # when it was tried last in vain, and why so
         self._figures: defaultdict[Address, PeerFigures] = defaultdict(PeerFigures)
         self._closed = threading.Event()
 
@@ -226,13 +229,14 @@ class Peers:
                 refused_s, error = self._refused.get(address, (0.0, None))
             if session is not None and not session.ended:
                 return session
-            if error is not None and refused_s > asked_s:
-                raise own(error)  # whoever asked before us waited for it as long as we did
+            if error is not None and refused_s > asked_s - _TOGETHER_S:
+                raise own(error)  # it was tried while we waited
+            begun_s = time.monotonic()
             try:
                 made = self._connect(address)
             except TiermemError as failure:
                 with self._lock:
-                    self._refused[address] = (time.monotonic(), own(failure).with_traceback(None))
+                    self._refused[address] = (begun_s, own(failure).with_traceback(None))
                 raise
             with self._lock:
                 closed = self._closed.is_set()
