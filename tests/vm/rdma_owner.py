@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.integration.child import Child
+from tests.integration.child import REPOSITORY, Child
 from tests.vm import os_pages
 from tiermem import _native, errors
 from tiermem.peer.rdma import Device, End, Region
@@ -38,7 +38,7 @@ class Owner:
     """The process. `idle_s`: how long what nobody reads stays pinned; it sweeps when it is told to."""
 
     def __init__(self, idle_s: float = 1e9) -> None:
-        path = f"PYTHONPATH={os.environ['PYTHONPATH']}"  # where pyverbs is
+        path = f"PYTHONPATH={REPOSITORY}{os.pathsep}{os.environ['PYTHONPATH']}"  # where pyverbs is
         self.child = Child(["-m", "tests.vm.rdma_owner", str(idle_s)], prefix=["env", path])
         try:
             assert self.child.line(DEADLINE_S) == "ready"
