@@ -204,6 +204,11 @@ def test_fewer_rings_where_many_are_refused(skylake: Path, pmu: FakePmu, monkeyp
         PerfSampler(plain(), [os.getpid()], opener=pmu, root=skylake)
 
 
+def test_the_first_thread_comes_first_where_numbers_have_come_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "listdir", lambda path: ["7", "32011", "12"] if path == "/proc/32011/task" else [])
+    assert sources.threads(32011) == [32011, 7, 12]
+
+
 def test_threads_that_get_no_ring_are_told_of(skylake: Path, pmu: FakePmu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiermem.sampler.perf.MAX_RINGS", 0)
     known = sources.threads(os.getpid())

@@ -122,9 +122,9 @@ def of_process(
 
 
 def threads(pid: int) -> list[int]:
-    """Threads of a process; none if it does not exist."""
+    """Threads of a process, its first one first, by whose number an error should name it; none if it does not exist."""
     try:
-        return sorted(map(int, os.listdir(f"/proc/{pid}/task")))
+        return sorted(map(int, os.listdir(f"/proc/{pid}/task")), key=lambda tid: (tid != pid, tid))
     except (FileNotFoundError, ProcessLookupError):
         return []
 
