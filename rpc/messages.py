@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tiermem.rpc.replica_messages import CarryOrder
 from tiermem.types import ImageTensor
 
 PROTOCOL = 1
@@ -61,13 +62,14 @@ class SamplingOrder:
 @dataclass(frozen=True, slots=True)
 class AttachEvent:
     """`attached` comes first and carries the other fields; later kinds are orders to the client's agent: `ping`, which
-    asks for nothing, and `sample`, which carries `sampling`."""
+    asks for nothing, `sample`, which carries `sampling`, and `carry`, to those that reported a carrier."""
 
     kind: str
     pool_id: str | None = None
     protocol: int | None = None
     refused: tuple[str, ...] = ()
     sampling: SamplingOrder | None = None
+    carry: CarryOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)

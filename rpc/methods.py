@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tiermem.rpc import messages, peer_messages
+from tiermem.rpc import messages, peer_messages, replica_messages
 
 SERVICE = "tiermem.Pool"
 
@@ -51,13 +51,16 @@ METHODS: Mapping[str, Method] = {
         Method("Evict", messages.EvictRequest, messages.EvictReply, idempotent=True),
         Method("Remove", messages.RemoveRequest, messages.RemoveReply),
         Method("Report", messages.ReportRequest, messages.Empty, deadline_s=10.0),
+        Method("Replicas", replica_messages.ReplicasRequest, messages.Empty, idempotent=True, deadline_s=10.0),
+        Method("Digests", replica_messages.DigestsRequest, replica_messages.DigestsReply, idempotent=True,
+               deadline_s=10.0),
         Method("Heat", messages.HeatRequest, messages.HeatReply, idempotent=True, deadline_s=10.0),
         Method("PolicySet", messages.PolicySetRequest, messages.PolicySetReply, idempotent=True),
         Method("PolicyLog", messages.PolicyLogRequest, messages.PolicyLogReply, idempotent=True, deadline_s=10.0),
         Method("Watch", messages.WatchRequest, messages.WatchEvent, streams=True, deadline_s=None),
         Method("Status", messages.StatusRequest, messages.StatusReply, idempotent=True, deadline_s=10.0),
     )
-}
+}  # fmt: skip
 """What clients of the pool's own host may call, by name."""
 
 PEER_METHODS: Mapping[str, Method] = {

@@ -1,4 +1,4 @@
-"""Agent: the one background thread of a client. Carries out orders in turn, and a task that comes round by itself.
+"""Agent: the one background thread of a client. Carries out orders in turn, and tasks that come round by themselves.
 
 Owns nothing but its queue. Orders may be given from anywhere, also from inside a garbage collection, because giving one
 takes no lock that is held for long, or by whoever may collect.
@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Protocol
 
 _log = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ class Task(Protocol):
 class Agent:
     """Started at once; a daemon thread, so it never keeps a process alive."""
 
-    def __init__(self, name: str, task: Task) -> None:
-        self._task = task
+    def __init__(self, name: str, *tasks: Task) -> None:
+        self._tasks = tasks
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -59,7 +60,8 @@ class Agent:
 
     def _give(self, order: Order | None) -> None:
         self._orders.put(order)
-        self._task.wake()
+        for task in self._tasks:
+            task.wake()
 
     def _run(self) -> None:
         while (order := self._next()) is not None:
@@ -69,8 +71,10 @@ class Agent:
                 _log.debug("order of %s failed: %s", self._thread.name, error)
 
     def _next(self) -> Order | None:
-        pause_s = self._task.pause_s
+        pauses_s = [(pause_s, task) for task in self._tasks if (pause_s := task.pause_s) is not None]
+        soonest = min(pauses_s, key=itemgetter(0), default=None)
         try:
-            return self._orders.get(timeout=None if pause_s is None else max(0.0, pause_s))
+            return self._orders.get(timeout=None if soonest is None else max(0.0, soonest[0]))
         except queue.Empty:
-            return self._task.run
+            assert soonest is not None
+            return soonest[1].run

@@ -19,7 +19,11 @@ import numpy.typing as npt
 
 from tiermem._native import Range
 from tiermem.agent import Agent
+from tiermem.attachment import Attachment
+from tiermem.carrier import Carrier, Link
+from tiermem.carrying import Carrying
 from tiermem.config import descriptor_path, socket_path, value_of
+from tiermem.digests import DIGEST_BYTES
 from tiermem.draft import Draft, usable
 from tiermem.errors import Closed, DaemonUnreachable, TiermemError
 from tiermem.heat import HeatColumns
@@ -28,9 +32,10 @@ from tiermem.observations import Rung
 from tiermem.paths import absolute, path_or_name_of
 from tiermem.reporting import Reporting
 from tiermem.rpc import messages as m
-from tiermem.rpc.channel import Channel, Stream
+from tiermem.rpc.channel import Stream
 from tiermem.rpc.codec import decode_manifest
 from tiermem.rpc.descriptors import DescriptorClient
+from tiermem.rpc.replica_messages import CarryOrder, DigestsReply, DigestsRequest
 from tiermem.sampler.client import member_of
 from tiermem.statistics import ModelHeat
 from tiermem.types import PAGE_BYTES, ImageTensor, Manifest
@@ -39,29 +44,6 @@ _REATTACH_PAUSES_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Between tries to find the next daemon; the last one repeats for as long as leases are held."""
 
 _log = logging.getLogger(__name__)
-
-
-class _Session:
-    """What lives and dies together with one connection to one daemon."""
-
-    def __init__(self, address: str, leases: Mapping[str, str]) -> None:
-        self.descriptors = DescriptorClient(str(descriptor_path(socket_path(address))))
-        self.channel = Channel(address, lambda: self.descriptors.token)
-        held = tuple(m.Announcement(lease, model) for lease, model in leases.items())
-        self.stream: Stream = self.channel.stream("Attach", m.AttachRequest(m.PROTOCOL, os.getpid(), held))
-        self.refused: tuple[str, ...] = ()
-        if not held:
-            # The token is good already, so the first call need not wait for the stream.
-            return
-        try:
-            self.refused = next(self.stream).refused
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        self.channel.close()
-        self.descriptors.close()
 
 
 class Client:
@@ -75,9 +57,10 @@ class Client:
         self._lock = threading.Lock()
         self._leases: dict[str, str] = {}
         self._closed = False
-        self._session: _Session | None = _Session(self.address, {})
+        self._session: Attachment | None = Attachment(self.address, {})
         self._reporting = Reporting(lambda request: self._call("Report", request))
-        self._agent = Agent("tiermem-agent", self._reporting)
+        self._carrying = Carrying(lambda request: self._call("Replicas", request), lambda do: self._agent.submit(do))
+        self._agent = Agent("tiermem-agent", self._reporting, self._carrying)
         self._watch(self._session)
 
     def open(
@@ -232,7 +215,7 @@ class Client:
 
     # --- the connection ------------------------------------------------------------------------------------------
 
-    def _call(self, method: str, request: object, session: _Session | None = None) -> Any:
+    def _call(self, method: str, request: object, session: Attachment | None = None) -> Any:
         try:
             return (session or self._live()).channel.call(method, request)
         except Closed:
@@ -243,26 +226,26 @@ class Client:
                 f"the daemon at {self.address} went away during {method}; start it with: tiermem serve"
             ) from None
 
-    def _held(self, session: _Session, reply: m.OpenReply) -> _Holder:
+    def _held(self, session: Attachment, reply: m.OpenReply) -> _Holder:
         with self._lock:
             self._leases[reply.lease_id] = reply.model_id
         return _Holder(self, session, reply)
 
-    def _seal(self, lease_id: str, session: _Session) -> None:
+    def _seal(self, lease_id: str, session: Attachment) -> None:
         self._call("ImageSeal", m.ImageSealRequest(lease_id), session)
 
-    def _live(self) -> _Session:
+    def _live(self) -> Attachment:
         session = self._session
         return session if session is not None else self._attach()
 
-    def _attach(self) -> _Session:
+    def _attach(self) -> Attachment:
         """The session, connected anew if need be; leases that are held are announced."""
         with self._lock:
             if self._closed:
                 raise Closed(f"the client of {self.address} is closed; connect again")
             if self._session is not None:
                 return self._session
-            session = _Session(self.address, self._leases)
+            session = Attachment(self.address, self._leases)
             for lease in session.refused:
                 _log.warning("the new daemon at %s did not adopt the model of lease %s", self.address, lease)
                 self._leases.pop(lease, None)
@@ -270,19 +253,25 @@ class Client:
         self._watch(session)
         return session
 
-    def _watch(self, session: _Session) -> None:
-        session.stream.follow(self._obey, lambda: self._agent.submit(partial(self._lost, session)))
+    def _watch(self, session: Attachment) -> None:
+        session.stream.follow(partial(self._obey, session), lambda: self._agent.submit(partial(self._lost, session)))
 
-    def _obey(self, event: m.AttachEvent) -> None:
+    def _obey(self, session: Attachment, event: m.AttachEvent) -> None:
         """An order of the daemon to this process's agent; kinds that are not known are passed over."""
         if event.kind == "sample" and event.sampling is not None:
             self._agent.submit(partial(self._reporting.obey, event.sampling))
+        elif event.kind == "carry" and event.carry is not None:
+            self._agent.submit(partial(self._carry, session, event.carry))
+
+    def _carry(self, session: Attachment, order: CarryOrder) -> None:
+        if self._session is session:  # else the next daemon would hear of an order that it never gave
+            self._carrying.obey(order)
 
     def _mapped(self, lease_id: str, mapping: Range) -> None:
         member = member_of(lease_id, mapping, mapping.nbytes // PAGE_BYTES)
         self._agent.submit(partial(self._reporting.add, lease_id, member, time.monotonic()))
 
-    def _lost(self, session: _Session) -> None:
+    def _lost(self, session: Attachment) -> None:
         """The daemon went: look for the next one for as long as there are leases to announce to it."""
         with self._lock:
             if self._closed or self._session is not session:
@@ -294,6 +283,7 @@ class Client:
             try:
                 self._attach()
                 self._reporting.announce()
+                self._carrying.announce()
             except TiermemError as error:
                 _log.debug("no daemon yet: %s", error)
                 time.sleep(_REATTACH_PAUSES_S[min(tries, len(_REATTACH_PAUSES_S) - 1)])
@@ -306,6 +296,7 @@ class Client:
 
     def _end_lease(self, lease_id: str) -> None:
         self._reporting.remove(lease_id)
+        self._carrying.remove(lease_id)
         with self._lock:
             known = self._leases.pop(lease_id, None)
             session = self._session
@@ -331,7 +322,7 @@ def _columns(reply: m.HeatReply) -> HeatColumns:
 class _Holder:
     """A lease on a model of a daemon."""
 
-    def __init__(self, client: Client, session: _Session, reply: m.OpenReply) -> None:
+    def __init__(self, client: Client, session: Attachment, reply: m.OpenReply) -> None:
         self.name = reply.name
         self.model_id = reply.model_id
         self.manifest = _manifest(reply.manifest)
@@ -357,6 +348,14 @@ class _Holder:
 
     def pinned(self, pages: Sequence[int]) -> None:
         self._client._agent.submit(partial(self._client._reporting.mark_pinned, self._lease_id, pages))
+
+    def carry(self, carrier: Carrier) -> Link:
+        return self._client._carrying.add(self._lease_id, carrier)
+
+    def digests(self) -> list[bytes | None]:
+        reply: DigestsReply = self._client._call("Digests", DigestsRequest(self._lease_id))
+        found = (reply.digests[i : i + DIGEST_BYTES] for i in range(0, len(reply.digests), DIGEST_BYTES))
+        return [digest if any(digest) else None for digest in found]
 
     def release(self) -> None:
         self._client._release(self._lease_id)

@@ -171,7 +171,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("digests", kind.DIRECTORY, _default_digests, "--digests", "TIERMEM_DIGESTS",
            "Directory where digests of checkpoints are kept."),
     Option("tier", Kind("TIER", EXAMPLE, parse_tiers, many=True), _default_tiers, "--tier", "TIERMEM_TIER",
-           "A tier, fastest first: dram=SIZE, cxl=SIZE@nodeN, disk; half of the memory as DRAM by default."),
+           "A tier, fastest first: hbm=SIZE@npu:0, dram=SIZE, cxl=SIZE@nodeN, disk; half of the memory as DRAM by "
+           "default."),
     Option("spare", kind.size("4GiB", 0), lambda environ: 0, "--spare", "TIERMEM_SPARE",
            "Memory kept prefaulted ahead of need."),
     Option("backing", kind.choice(*get_args(Backing)), lambda environ: "auto", "--backing", "TIERMEM_BACKING",

@@ -1,7 +1,7 @@
 """Control: the loop beside a pool's work: view -> policy -> migrator, once per period of the policy.
 
-Owns one thread, which runs only where there are several memory tiers: with one there is nothing to move. Decides
-nothing itself.
+Owns one thread, which runs only where there are several memory tiers, or devices that take copies: else there is
+nothing to move. Decides nothing itself.
 """
 
 from __future__ import annotations

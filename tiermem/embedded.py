@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from tiermem._native import Range
 from tiermem.agent import Agent
+from tiermem.carrier import Carrier, Link
+from tiermem.carrying import Carrying
 from tiermem.config import Config, load_config
 from tiermem.draft import Draft, usable
 from tiermem.errors import Closed, DeadlineExceeded, Refused
@@ -46,7 +48,9 @@ class EmbeddedPool:
         order = own_order(self._pool.config)
         self._pool.statistics.rung, self._pool.statistics.reason = order.rung, "this process looks at its own pages"
         self._reporting.obey(order)
-        self._agent = Agent("tiermem-agent", self._reporting)
+        self._carrying = Carrying(partial(self._pool.tiering.report, self._session), lambda do: self._agent.submit(do))
+        self._agent = Agent("tiermem-agent", self._reporting, self._carrying)
+        self._session.give = lambda order: self._agent.submit(partial(self._carrying.obey, order))
         self._transient = transient
         self._closed = False
 
@@ -170,6 +174,7 @@ class EmbeddedPool:
 
     def _end_lease(self, lease: Lease) -> None:
         self._reporting.remove(lease.id)
+        self._carrying.remove(lease.id)
         self._pool.release(lease)
         if self._transient:
             record = self._pool.catalog.by_id(lease.model_id)
@@ -215,6 +220,12 @@ class _Holder:
     def pinned(self, pages: Sequence[int]) -> None:
         owner = self._owner
         owner._agent.submit(partial(owner._reporting.mark_pinned, self._opened.lease.id, pages))
+
+    def carry(self, carrier: Carrier) -> Link:
+        return self._owner._carrying.add(self._opened.lease.id, carrier)
+
+    def digests(self) -> list[bytes | None]:
+        return list(self._pool.record(self._opened.lease).digests)
 
     def release(self) -> None:
         self._owner._release(self._opened.lease)

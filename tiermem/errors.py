@@ -152,6 +152,44 @@ class NativeError(TiermemError, OSError):
         return type(self), (str(self), self.errno or 0)
 
 
+class DeviceUnavailable(TiermemError, RuntimeError):
+    """There is no such device, or torch cannot use it; the message says what is missing."""
+
+    code = "device-unavailable"
+
+
+class DeviceFull(TiermemError, MemoryError):
+    """A device, or the part of it that was set aside, lacks room; `lacking_bytes` is how much."""
+
+    code = "device-full"
+    exit_code = 5
+
+    def __init__(self, message: str, lacking_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.lacking_bytes = lacking_bytes
+
+    def __reduce__(self) -> tuple[type[DeviceFull], tuple[str, int]]:
+        return type(self), (str(self), self.lacking_bytes)
+
+
+class DeviceLost(TiermemError, RuntimeError):
+    """A device answers no more; what was on it is gone, and this process cannot use it again."""
+
+    code = "device-lost"
+
+
+class ModuleMismatch(Refused):
+    """Parameters of a module are not the model's tensors; the message lists them."""
+
+    code = "module-mismatch"
+
+
+class CopyFailed(TiermemError, OSError):
+    """Bytes did not get to a device; what is in their place there must not be used."""
+
+    code = "copy"
+
+
 class RecordingError(TiermemError, ValueError):
     """A recording or a perf.data file is damaged, or of a kind that is not read."""
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tiermem.catalog import ModelRecord
 from tiermem.errors import Refused
+from tiermem.rpc.replica_messages import CarryOrder
 
 
 @dataclass(slots=True)
 class Session:
-    """One connected client. All its leases end with it, and once it has `ended` it gets no more."""
+    """One connected client. All its leases end with it, and once it has `ended` it gets no more. `give` passes an order
+    to its agent, at once and from any thread; None while no agent listens."""
 
     pid: int
     uid: int
     ended: bool = False
+    give: Callable[[CarryOrder], object] | None = None
 
 
 @dataclass(slots=True, eq=False)

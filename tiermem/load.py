@@ -115,10 +115,10 @@ class Load:
         stock: _native.Stock | None,
         lock: threading.RLock,
         on_segment: Callable[[Load, int], None],
-        nodes: Sequence[int] = (),
+        nodes: Mapping[int, int] | None = None,
     ) -> None:
-        """`nodes`: by tier, the mask of NUMA nodes that its pages belong on; the first of the tiers takes from the
-        stock."""
+        """`nodes`: by memory tier, the mask of NUMA nodes that its pages belong on; the first of them takes from the
+        stock. Without it all pages are of one tier, and lie anywhere."""
         self.record = record
         self.segments = dict(segments)
         self.figures = Figures(source is None)
@@ -271,7 +271,8 @@ class Load:
         for tier, run in groupby(enumerate(tiers), lambda pair: pair[1]):
             numbers = [number for number, _ in run]
             start, size = first + numbers[0] * PAGE_BYTES, len(numbers) * PAGE_BYTES
-            self._populate_in(segment, start, size, threads, self._nodes[tier] if self._nodes else 0, tier == 0)
+            nodes = self._nodes or {tier: 0}
+            self._populate_in(segment, start, size, threads, nodes[tier], tier == next(iter(nodes)))
 
     def _populate_in(self, segment: int, first: int, nbytes: int, threads: int, nodes: int, from_stock: bool) -> None:
         pages = {(segment, page) for page in range(first, first + nbytes, PAGE_BYTES)}

@@ -10,17 +10,21 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tiermem import _native
+from tiermem.carrier import Carrier, Link
 from tiermem.dtypes import numpy_dtype
 from tiermem.errors import Closed, NativeError, Refused, TensorNotFound
 from tiermem.fingerprint import metadata_of
 from tiermem.types import PAGE_BYTES, CheckpointFile, Manifest, TensorInfo
 from tiermem.units import format_bytes
+
+if TYPE_CHECKING:
+    from tiermem.device.placed import DeviceModel
 
 _MAPPINGS_PER_FETCH = 128
 
@@ -50,6 +54,13 @@ class LeaseHolder(Protocol):
 
     def pinned(self, pages: Sequence[int]) -> None:
         """A device reads these pages of the model, unseen by whatever samples this process."""
+
+    def carry(self, carrier: Carrier) -> Link:
+        """Show the pool what the carrier copies of the model, and give the carrier the pool's orders, until the link
+        is closed or collected, or the lease ends."""
+
+    def digests(self) -> list[bytes | None]:
+        """BLAKE3 of each tensor of the manifest, 32 bytes; None: not known yet."""
 
     def release(self) -> None:
         """End the lease; takes no lock, so that a garbage collection may call it."""
@@ -185,6 +196,42 @@ class Model(Mapping[str, npt.NDArray[Any]]):
     def residency(self) -> dict[str, str]:
         """Layer -> name of the tier that holds it now."""
         return self._holder.residency()
+
+    def digests(self, names: Iterable[str] | None = None) -> dict[str, bytes | None]:
+        """BLAKE3 of the bytes of these tensors (None: all), 32 bytes each; None where it is not known yet. Raises
+        TensorNotFound, Closed."""
+        self._check_open()
+        wanted = {name: self._number(name) for name in (self if names is None else names)}
+        known = self._holder.digests()
+        return {name: known[number] for name, number in wanted.items()}
+
+    def to(self, device: str, *, register: bool = False) -> DeviceModel:
+        """All weights in the memory of a device (`npu:0`, `cuda:1`, `cpu`), ready to compute with: a Mapping of tensor
+        name -> torch tensor. Waits for the load. See `stream` for a device that has less room, and for `register`.
+
+        Raises DeviceUnavailable, DeviceFull, CopyFailed, DeviceLost, and what stopped the load.
+        """
+        from tiermem.device.placed import place
+
+        return place(self, device, register)
+
+    def stream(
+        self, device: str, budget: int | str | None = None, *, policy: str = "layer_prefetch", ahead: int = 1,
+        register: bool = False,
+    ) -> DeviceModel:  # fmt: skip
+        """The model on a device of which it may take `budget` (bytes, or text as `8GiB`; None: what is free, less a
+        reserve for who computes there): weights are copied when they are asked for or used, and ahead of that.
+
+        `attach(module)` of what it returns has a torch.nn.Module compute so: while one of its layers computes, the
+        weights of the next `ahead` are copied. `policy`, by name or by its file, says which layers stay meanwhile. With
+        `register` the device reads the host's memory by itself, where its runtime can (CUDA): copies do not go through
+        staging then, and the pages can neither move nor be sampled. The model must stay open.
+
+        Raises ConfigError, DeviceUnavailable, DeviceFull, DeviceLost.
+        """
+        from tiermem.device.placed import stream
+
+        return stream(self, device, budget, policy, ahead, register)
 
     def close(self) -> None:
         """End the lease. Arrays that were taken stay valid, and without any the memory is unmapped; taking further ones

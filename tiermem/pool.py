@@ -170,7 +170,7 @@ class Pool:
             self._forget_unloaded(record)
             raise
         tasks, source = reads_of(record, segments, self.peers, self.tiering.steering.sources)
-        nodes = [tier.node_mask for tier in self.tiers]
+        nodes = {tier.id: tier.node_mask for tier in self.tiers.memory}
         load = Load(record, segments, tasks, source, self.spare.stock, self.lock, self._complete, nodes)
         if is_image(record.manifest):
             load.filler, load.begun = lease, True
@@ -242,8 +242,8 @@ class Pool:
             if not self.leases.release(lease):
                 return
             self.statistics.released(lease)
-            draft = self.draft_of(lease)
-            if draft is None:
+            self.tiering.migrator.replicas.released(lease)
+            if (draft := self.draft_of(lease)) is None:
                 return
             left = f"process {lease.session.pid} left before it had filled {draft.record.name}; create it anew"
             draft.fail(ImageAbandoned(left))
@@ -327,7 +327,7 @@ class Pool:
         with self.lock:
             self.catalog.check()
             self.leases.check()
-            self.memory.check(self.catalog)
+            self.tiering.check()
             self.statistics.check()
 
     def close(self) -> None:
@@ -372,7 +372,7 @@ class Pool:
 
     def _forget(self, record: ModelRecord) -> None:
         self.memory.drop_all(record)
-        self.tiering.migrator.replicas.forget(record, self.tiers)
+        self.tiering.migrator.replicas.forget(record)
         self.catalog.remove(record)
         self.statistics.forget(record)
         self.figures.pop(record.id, None)

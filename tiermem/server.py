@@ -13,6 +13,7 @@ import os
 import resource
 import secrets
 import signal
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from tiermem.catalog import ModelRecord
 from tiermem.config import Config, descriptor_path, socket_path
+from tiermem.digests import DIGEST_BYTES
 from tiermem.errors import ConfigError, ProtocolError, Refused
 from tiermem.images import Images
 from tiermem.lease import Opened, Session
@@ -30,6 +32,7 @@ from tiermem.peer_listener import serve_peers
 from tiermem.pool import Pool
 from tiermem.rpc import messages as m
 from tiermem.rpc.descriptors import DescriptorServer, remove_stale
+from tiermem.rpc.replica_messages import CarryOrder, DigestsReply, DigestsRequest, ReplicasRequest
 from tiermem.rpc.server import create_server
 from tiermem.status import heat_of, moves_of, paths_of, status_of
 
@@ -80,13 +83,23 @@ class PoolService:
             for lease in request.leases
             if not self.pool.announce(session, lease.lease_id, lease.model_id)
         )
-        changed = asyncio.Event()
+        loop, changed, orders = asyncio.get_running_loop(), asyncio.Event(), deque[CarryOrder]()
+
+        def put(order: CarryOrder) -> None:
+            orders.append(order)
+            changed.set()
+
         self._attached.add(changed)
+        session.give = lambda order: loop.call_soon_threadsafe(put, order)
         try:
             yield m.AttachEvent("attached", self.pool.id, m.PROTOCOL, refused)
+            told: m.SamplingOrder | None = None
             while True:
                 changed.clear()
-                yield m.AttachEvent("sample", sampling=self._observer.order)
+                if told != (told := self._observer.order):
+                    yield m.AttachEvent("sample", sampling=told)
+                while orders:
+                    yield m.AttachEvent("carry", carry=orders.popleft())
                 await changed.wait()
         finally:
             self._attached.discard(changed)
@@ -151,6 +164,14 @@ class PoolService:
     async def report(self, request: m.ReportRequest, session: Session) -> m.Empty:
         await self._blocking(self.pool.report, session, request)
         return m.Empty()
+
+    async def replicas(self, request: ReplicasRequest, session: Session) -> m.Empty:
+        await self._blocking(self.pool.tiering.report, session, request)
+        return m.Empty()
+
+    async def digests(self, request: DigestsRequest, session: Session) -> DigestsReply:
+        record = self.pool.record(self.pool.lease(session, request.lease_id))
+        return DigestsReply(b"".join(digest or bytes(DIGEST_BYTES) for digest in record.digests))
 
     async def heat(self, request: m.HeatRequest, session: Session) -> m.HeatReply:
         found = await self._blocking(heat_of, self.pool, request.name)
@@ -242,7 +263,7 @@ async def serve(config: Config, on_ready: Callable[[Pool], None]) -> None:
         await descriptors.start(str(descriptor_path(path)))
         await serve_peers(pool, config, ending)
         on_ready(pool)
-        if not pool.tiers.several:  # else the control loop does, before its first tick
+        if not pool.tiers.steered:  # else the control loop does, before its first tick
             ending.push_async_callback(asyncio.wait, [loop.run_in_executor(None, pool.tiering.watch.measure)])
         await stop.wait()
         _log.info("stopping: %d leases end, segments are %s", len(pool.leases), "kept" if config.keep else "freed")

@@ -145,6 +145,12 @@ class AccessStatistics:
             self.heat(record).add_declared(np.concatenate(pages).astype(np.int32), time.monotonic())
             self.costs[Rung.DECLARED].pages += sum(map(len, pages))
 
+    def copied(self, record: ModelRecord, pages: npt.NDArray[np.int32]) -> None:
+        """A client copied these pages to a device: it read them, and they are for somebody's use."""
+        if len(pages):
+            self.heat(record).add_declared(pages, time.monotonic())
+            self.costs[Rung.DECLARED].pages += len(pages)
+
     def released(self, lease: Lease) -> None:
         """A lease ended, and with it what its client had mapped."""
         pid = lease.session.pid

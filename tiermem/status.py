@@ -15,6 +15,7 @@ from tiermem.catalog import ModelRecord
 from tiermem.fingerprint import fingerprint_of, is_image
 from tiermem.heat import HeatColumns
 from tiermem.load import Figures, Load
+from tiermem.migrator.carried import Carried
 from tiermem.observations import Rung
 from tiermem.peer.address import is_remote
 from tiermem.peer_service import PeerSession
@@ -23,7 +24,7 @@ from tiermem.rpc.messages import MoveEntry
 from tiermem.statistics import Client, ModelHeat
 from tiermem.tier import Tier, Tiers
 from tiermem.tiering import Tiering
-from tiermem.types import LOADING
+from tiermem.types import LOADING, PAGE_BYTES
 
 
 def status_of(pool: Pool, name: str | None = None) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def status_of(pool: Pool, name: str | None = None) -> dict[str, Any]:
                 "rungs": {rung.name.lower(): asdict(cost) for rung, cost in sorted(pool.statistics.costs.items())},
             },
             "tiers": [_tier(tier) for tier in pool.tiers],
+            "devices": [_carried(carried) for carried in pool.tiering.migrator.replicas.carriers()],
             "spare": {
                 "target_bytes": pool.spare.target_bytes,
                 "ready_bytes": pool.spare.nbytes,
@@ -130,9 +132,21 @@ def _model(pool: Pool, record: ModelRecord, load: Load | None) -> dict[str, Any]
         "pins": record.pins,
         "opens": record.opens,
         "residency": residency_of(pool, record),
+        "replicas": _replicas(pool, record),
         "heat": _heat(pool.statistics.heat(record).columns(time.monotonic())),
         "last_load": _figures(figures) if figures else None,
     }
+
+
+def _replicas(pool: Pool, record: ModelRecord) -> dict[str, dict[str, int]]:
+    """Tier of a device -> layer -> bytes of pages that have a copy there; what has none is left out."""
+    found: dict[str, dict[str, int]] = {}
+    for tier in pool.tiers.devices:
+        copied = record.replicas >> tier.id & 1
+        for number, segment in enumerate(record.manifest.segments):
+            if pages := int(copied[record.pages(number)].sum()):
+                found.setdefault(tier.name, {})[segment.layer] = pages * PAGE_BYTES
+    return found
 
 
 def _state(record: ModelRecord, load: Load | None) -> str:
@@ -206,10 +220,26 @@ def _tier(tier: Tier) -> dict[str, Any]:
         "name": tier.name,
         "kind": tier.kind,
         "nodes": list(tier.nodes),
+        "device": tier.device,
         "online": tier.online,
         "capacity_bytes": tier.capacity_bytes,
         "used_bytes": tier.used_bytes,
         **speed,
+    }
+
+
+def _carried(carried: Carried) -> dict[str, Any]:
+    """What one process has of one model on one device. `tier`: the pool's of that device, or None."""
+    return {
+        "device": carried.device,
+        "pid": carried.lease.session.pid,
+        "model": carried.record.name,
+        "tier": None if carried.tier is None else carried.tier.name,
+        "budget_bytes": carried.budget_bytes,
+        "capacity_bytes": carried.capacity_bytes,
+        "held_bytes": carried.held_bytes,
+        "registered": carried.registered,
+        "orders": len(carried.orders),
     }
 
 

@@ -32,11 +32,15 @@ class Speed:
 
 class Tier:
     """`capacity_bytes` None means that the tier never fills (the checkpoint on disk). `nodes`: where its memory is;
-    empty: wherever the kernel puts it. `online` is False while none of them has memory."""
+    empty: wherever the kernel puts it. `online` is False while none of them has memory. `device`: whose memory takes
+    copies of pages; a capacity of 0 then means that nobody has told it yet."""
 
-    def __init__(self, tier_id: int, kind: str, capacity_bytes: int | None, nodes: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tier_id: int, kind: str, capacity_bytes: int | None, nodes: Sequence[int] = (), device: str = ""
+    ) -> None:
         self.id = tier_id
-        self.name = self.kind = kind
+        self.kind, self.device = kind, device
+        self.name = f"{kind}@{device}" if device else kind
         self.capacity_bytes = capacity_bytes
         self.nodes = tuple(nodes)
         self.used_bytes = 0
@@ -98,6 +102,7 @@ class Tiers(Sequence[Tier]):
 
     def __init__(self, tiers: Sequence[Tier]) -> None:
         self._tiers = tuple(tiers)
+        self.devices = tuple(tier for tier in tiers if tier.device)
         self.memory = tuple(tier for tier in tiers if tier.is_memory)
         self.disk = tiers[-1].id
         self._of_node = {node: tier.id for tier in self.memory for node in tier.nodes}
@@ -115,6 +120,11 @@ class Tiers(Sequence[Tier]):
     def several(self) -> bool:
         """Whether there is anything to place, and anywhere to move it."""
         return len(self.memory) > 1
+
+    @property
+    def steered(self) -> bool:
+        """Whether a policy is asked what should lie where, or be copied, also while no load waits for room."""
+        return self.several or bool(self.devices)
 
     @property
     def free_bytes(self) -> int:
@@ -136,8 +146,10 @@ def open_tiers(specs: Sequence[TierSpec], nodes: Sequence[NumaNode]) -> Tiers:
     memory_only = tuple(node.number for node in nodes if not node.cpus and node.total_bytes)
     tiers = []
     for number, spec in enumerate(specs):
-        chosen = spec.nodes
-        if spec.kind == "dram":
+        chosen, capacity = spec.nodes, spec.capacity_bytes
+        if spec.kind == "hbm":
+            capacity = capacity or 0
+        elif spec.kind == "dram":
             _check_nodes(spec, nodes)
             # Without memory-only nodes there is nothing that the kernel could put a page on by mistake.
             chosen = chosen or (with_cpus if memory_only else ())
@@ -154,7 +166,7 @@ def open_tiers(specs: Sequence[TierSpec], nodes: Sequence[NumaNode]) -> Tiers:
                     f"tier {spec}: node{node} has CPUs or no memory, so it is no CXL memory; the memory-only nodes are "
                     f"{_names(memory_only)}. daxctl reconfigure-device --mode=system-ram brings CXL memory up as one"
                 )
-        tiers.append(Tier(number, spec.kind, spec.capacity_bytes, chosen))
+        tiers.append(Tier(number, spec.kind, capacity, chosen, spec.device))
     shared = [node for tier in tiers for node in tier.nodes]
     if len(shared) != len(set(shared)):
         raise ConfigError("two tiers name the same NUMA node; give each its own")

@@ -63,6 +63,8 @@ class TierWatch:
 
     def look(self) -> None:
         """To be called often: latencies now, nodes that came or went, and the place of some pages."""
+        if not self._memory.tiers.several:
+            return
         now_s = time.monotonic()
         if now_s - self._glanced_s >= _GLANCE_EVERY_S:
             self._glanced_s = now_s

@@ -15,11 +15,12 @@ from tiermem.catalog import Catalog, ModelRecord
 from tiermem.control import Control
 from tiermem.errors import CapacityError
 from tiermem.eviction import Eviction
-from tiermem.lease import LeaseTable
+from tiermem.lease import LeaseTable, Session
 from tiermem.memory import Memory, Placement
 from tiermem.migrator import Migrator, Quota
 from tiermem.migrator.log import EVICTED
 from tiermem.policy import View
+from tiermem.rpc.replica_messages import ReplicasRequest
 from tiermem.statistics import AccessStatistics
 from tiermem.steering import Steering
 from tiermem.tier_watch import TierWatch
@@ -46,18 +47,21 @@ class Tiering:
         self.migrator = Migrator(memory, statistics.journal, lock, Quota(quota_bytes_s), self.eviction.evict)
         self.watch = TierWatch(memory, catalog, lock)
         self.control = Control(steering, self.migrator, self.watch, self._view)
-        self._tiers, self._catalog, self._lock = memory.tiers, catalog, lock
+        self._memory, self._tiers, self._lock = memory, memory.tiers, lock
+        self._catalog, self._leases, self._statistics = catalog, leases, statistics
         self._views = Views(
             memory.tiers, statistics.heat, lambda record: leases.holders(record.id) > 0, memory.pins.pages
         )
 
     def start(self) -> None:
         """Begin to move pages, where there is anywhere to move them."""
-        if self._tiers.several:
+        if self._tiers.steered:
             self.control.start()
 
     def close(self) -> None:
         """The lock must not be held."""
+        with self._lock:
+            self.migrator.replicas.close()
         self.control.close()
         self.steering.close()
         self.watch.close()
@@ -87,6 +91,23 @@ class Tiering:
             first, count = record.first_page[i], record.manifest.segments[i].pages
             self.migrator.log.done(record, first, count, tier, self._tiers.disk, "asked for", EVICTED)
         return freed
+
+    def report(self, session: Session, request: ReplicasRequest) -> None:
+        """A client tells what it copied to a device; the lock must not be held.
+
+        Raises Refused for a lease that is not the session's, and ProtocolError for what cannot be. Void for a model
+        that was removed, or whose load failed.
+        """
+        with self._lock:
+            lease = self._leases.get(request.lease_id, session)
+            record = self._catalog.by_id(lease.model_id)
+            if record is not None and lease.error is None:
+                self._statistics.copied(record, self.migrator.replicas.report(lease, record, request))
+
+    def check(self) -> None:
+        """What is in memory and on devices is what the catalog says."""
+        self._memory.check(self._catalog)
+        self.migrator.replicas.check(self._catalog)
 
     def _view(self, quota_bytes: int, period_s: float) -> tuple[View, Rows]:
         """For the control loop, which does not hold the lock."""

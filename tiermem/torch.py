@@ -1,6 +1,6 @@
 """torch: models and safetensors files as torch tensors that alias the pool's memory; the verbs of `safetensors.torch`.
 
-Owns the dtypes of torch and the making of tensors over a mapping. Never copies weights, except to another device.
+Owns the making of tensors over a mapping. Never copies weights, except to another device.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tiermem.dtypes import torch_layout
+from tiermem.errors import Refused
 from tiermem.opening import open_model
 from tiermem.safe_open import Device, ReaderError, parse_device, safe_open
 
@@ -22,16 +24,6 @@ if TYPE_CHECKING:
     from tiermem.types import TensorInfo
 
 __all__ = ["load_file", "load_model", "safe_open", "save_file"]
-
-_NAMES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-    "C64": "complex64", "F4": "float4_e2m1fn_x2", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
-DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, attribute) for name, attribute in _NAMES.items() if hasattr(torch, attribute)
-}
 
 
 def load_file(
@@ -101,15 +93,13 @@ def part_of(model: Model, name: str, index: Any, device: Device) -> torch.Tensor
 
 
 def _layout(info: TensorInfo) -> tuple[torch.dtype, tuple[int, ...]]:
-    """A tensor's dtype and shape in torch, which counts pairs of F4."""
-    dtype = DTYPES.get(info.dtype)
-    if dtype is None:
-        raise ReaderError(f"Dtype not understood: {info.dtype}; take the tensor's bytes: model.raw({info.name!r})")
-    if info.dtype != "F4":
-        return dtype, info.shape
-    if not info.shape or info.shape[-1] % 2:
-        raise ReaderError(f"f4_x2 dtype requires that the last dim be divisible by 2 in torch: got {list(info.shape)}")
-    return dtype, (*info.shape[:-1], info.shape[-1] // 2)
+    """A tensor's dtype and shape in torch; errors begin as the original's do."""
+    try:
+        return torch_layout(info.dtype, info.shape)
+    except Refused as error:
+        pairs = "f4_x2 dtype requires that the last dim be divisible by 2 in torch"
+        what = pairs if info.dtype == "F4" else f"Dtype not understood: {info.dtype}"
+        raise ReaderError(f"{what}; {error}: model.raw({info.name!r})") from error
 
 
 class _Interface:

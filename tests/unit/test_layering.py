@@ -14,7 +14,7 @@ LAYERS = (
     {"errors", "observations", "samples", "types", "units"},
     {"tier_spec"},
     {"_native", "config", "content", "dtypes", "durable", "host", "option_kind", "peer", "policy", "rpc", "runner"},
-    {"addresses", "adoption", "catalog", "catalog_files", "checkpoint", "data_source", "digests", "heat",
+    {"addresses", "adoption", "catalog", "catalog_files", "checkpoint", "copying", "data_source", "digests", "heat",
      "fingerprint", "lease", "load", "loader", "lookup", "memory", "page_facts", "paths", "peers", "perfdata", "pins",
      "rollup", "sampler", "segment", "source", "spare", "symbols", "tier", "view"},
     {"journal", "recording"},
@@ -23,7 +23,8 @@ LAYERS = (
     {"pool"},
     {"images", "metrics", "observer", "opener", "peer_listener", "peer_service", "replay", "report", "server",
      "status"},
-    {"agent", "capture", "client", "draft", "embedded", "model", "opening", "reporting"},
+    {"agent", "attachment", "capture", "carrier", "carrying", "client", "device", "draft", "embedded", "model",
+     "opening", "reporting"},
     {"export", "mindspore", "numpy", "onnxruntime", "safe_open", "torch", "transformers"},
     {"adapters", "bench", "cli", "__init__", "__main__"},
 )  # fmt: skip

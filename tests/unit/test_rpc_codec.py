@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiermem import errors
-from tiermem.rpc import codec, messages
+from tiermem.rpc import codec, messages, replica_messages
 from tiermem.rpc.messages import LoadRequest, OpenReply, SegmentGrant, StatusReply, WaitRequest
 from tiermem.rpc.methods import METHODS
 from tiermem.types import CheckpointFile, Extent, Manifest, SegmentInfo, TensorInfo
 
-MESSAGES: list[Any] = [kind for kind in vars(messages).values() if dataclasses.is_dataclass(kind)]
+MESSAGES: list[Any] = [
+    kind for module in (messages, replica_messages) for kind in vars(module).values() if dataclasses.is_dataclass(kind)
+]
 MESSAGES.remove(messages.StatusReply)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 PLAIN = st.recursive(

@@ -86,6 +86,7 @@ class FakePool:
     evict: Any = release
     remove: Any = release
     open = report = heat = paths = policyset = policylog = imagecreate = imageseal = imageopen = unused
+    replicas = digests = unused
 
 
 class Served:

@@ -124,6 +124,17 @@ def test_where_tiers_are(text: str, nodes: tuple[NumaNode, ...], wanted: list[tu
     assert tiers.capacity_bytes == tiers.free_bytes == len(wanted) * GIB
 
 
+def test_devices_come_first_and_take_no_pages() -> None:
+    tiers = open_tiers(parse_tiers("hbm=1GiB@npu:0,hbm@cpu,dram=1GiB"), ONE)
+    assert [(tier.id, tier.name, tier.kind, tier.device) for tier in tiers] == [
+        (0, "hbm@npu:0", "hbm", "npu:0"), (1, "hbm@cpu", "hbm", "cpu"), (2, "dram", "dram", ""), (3, "disk", "disk", "")
+    ]  # fmt: skip
+    assert (list(tiers.devices), list(tiers.memory)) == (list(tiers[:2]), [tiers[2]])
+    assert [tier.capacity_bytes for tier in tiers.devices] == [GIB, 0], "the second is as large as its device"
+    assert (tiers.steered, tiers.several, tiers.capacity_bytes, tiers.disk) == (True, False, GIB, 3)
+    assert not open_tiers(parse_tiers("dram=1GiB"), ONE).steered
+
+
 def test_memory_of_a_node_that_is_in_no_tier_counts_in_the_slowest() -> None:
     tiers = open_tiers(parse_tiers("dram=1GiB@node1,cxl=1GiB@node3"), LARGE)
     assert [tiers.of_node(node) for node in range(5)] == [CXL, DRAM, CXL, CXL, CXL]

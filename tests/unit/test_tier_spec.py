@@ -15,9 +15,10 @@ NODES = st.lists(st.integers(0, 63), max_size=4, unique=True).map(tuple)
 PAGES = st.integers(1, (1 << 39) - 1)
 
 
-@given(PAGES, NODES, st.none() | st.tuples(PAGES, NODES))
-def test_tiers_are_read_as_they_are_written(pages: int, nodes: tuple[int, ...], cxl: Any) -> None:
-    specs = [TierSpec("dram", pages * PAGE_BYTES, nodes)]
+@given(PAGES, NODES, st.none() | st.tuples(PAGES, NODES), st.lists(st.none() | PAGES, max_size=8))
+def test_tiers_are_read_as_they_are_written(pages: int, nodes: tuple[int, ...], cxl: Any, hbm: list[Any]) -> None:
+    specs = [TierSpec("hbm", size and size * PAGE_BYTES, (), f"npu:{i}") for i, size in enumerate(hbm)]
+    specs.append(TierSpec("dram", pages * PAGE_BYTES, nodes))
     if cxl is not None:
         specs.append(TierSpec("cxl", cxl[0] * PAGE_BYTES, cxl[1]))
     wanted = (*specs, DISK)
@@ -36,6 +37,9 @@ def test_tiers_are_read_as_they_are_written(pages: int, nodes: tuple[int, ...], 
         ("dram=8MiB@node0,cxl=3.1GB@node1+2+node1", (
             TierSpec("dram", 8 << 20, (0,)), TierSpec("cxl", 3_100_000_000 // PAGE_BYTES * PAGE_BYTES, (1, 2)), DISK)),
         (["dram=2MiB,cxl=2MiB", "disk"], (TierSpec("dram", 2 << 20), TierSpec("cxl", 2 << 20), DISK)),
+        ("hbm=24GiB@npu,hbm@cuda:12,hbm@cpu,dram=2MiB", (
+            TierSpec("hbm", 24 << 30, (), "npu:0"), TierSpec("hbm", None, (), "cuda:12"),
+            TierSpec("hbm", None, (), "cpu"), TierSpec("dram", 2 << 20), DISK)),
         ((TierSpec("dram", 2 << 20), "disk"), (TierSpec("dram", 2 << 20), DISK)),
     ],
 )  # fmt: skip
@@ -49,7 +53,17 @@ def test_ways_to_write_tiers(value: object, wanted: tuple[TierSpec, ...]) -> Non
         (7, "it must be text such as dram="), (None, "it must be text"), (b"dram=8GiB", "it must be text"),
         ([], "it must be text"), ([7], "its parts must be text"), ("", "'' is no tier"), 
         ("dram=8GiB,", "'' is no tier"),
-        ("hbm=8GiB", "'hbm=8GiB' is no tier; write dram=SIZE, cxl=SIZE@nodeN or disk"), ("DRAM=8GiB", "is no tier"),
+        ("xbm=8GiB", "'xbm=8GiB' is no tier; write hbm=SIZE@DEVICE, dram=SIZE, cxl=SIZE@nodeN or disk"),
+        ("DRAM=8GiB", "is no tier"),
+        ("hbm=8GiB,dram=8GiB", "hbm needs a device: hbm=24GiB@npu:0"), ("hbm,dram=8GiB", "hbm needs a device"),
+        ("hbm=@npu:0,dram=8GiB", "is no tier"), ("hbm=lots@npu:0", "'lots' is no size"),
+        ("hbm=1MiB@npu:0", r"hbm must have from 2\.0 MiB to"), ("hbm=8GiB@npu:0", "the first tier must be dram"),
+        ("hbm@cpu:0,dram=8GiB", "'cpu:0' is no device; write npu:0, cuda:0 or cpu"),
+        ("hbm@npu:-1", "is no device"), ("hbm@npu:01", "is no device"), ("hbm@NPU:0", "is no device"),
+        ("hbm@npu:0+npu:1", "is no device"), ("hbm@" + "n" * 33, "is no device"),
+        ("hbm@npu:0,hbm@npu,dram=8GiB", "two hbm tiers are of npu:0; a device is one tier"),
+        ("dram=8GiB,hbm@npu:0", "hbm tiers come before dram"),
+        (",".join(f"hbm@npu:{i}" for i in range(9)) + ",dram=8GiB", "9 hbm tiers; there may be 8: .* bits of one byte"),
         ("dram", "dram needs a size: dram=8GiB"), ("dram@node0", "dram needs a size"), ("dram=", "is no tier"),
         ("dram=lots", "'lots' is no size"), ("dram=-8GiB", "'-8GiB' is no size"),
         ("dram=1MiB", r"dram must have from 2\.0 MiB to"), ("dram=2000000T", "dram must have from"),

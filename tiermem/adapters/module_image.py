@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from blake3 import blake3
 
+from tiermem.dtypes import torch_names
 from tiermem.errors import Refused
 from tiermem.types import ImageTensor
 
@@ -182,10 +183,8 @@ def _buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]
 
 
 def _dtype_names() -> dict[torch.dtype, str]:
-    from tiermem.torch import DTYPES
-
     # A packed dtype counts its elements otherwise than torch does.
-    return {dtype: name for name, dtype in DTYPES.items() if name != "F4"}
+    return {dtype: name for dtype, name in torch_names().items() if name != "F4"}
 
 
 def _digest(tensor: torch.Tensor) -> str:

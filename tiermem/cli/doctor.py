@@ -17,6 +17,7 @@ from tiermem.cli.flags import config_flags, json_flag
 from tiermem.config import BY_KEY, Config, Setting, load_config, origins, socket_path
 from tiermem.errors import ConfigError
 from tiermem.host import Capability, Host, Storage
+from tiermem.tier_spec import MEMORY_KINDS
 from tiermem.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _backing(config: Config) -> tuple[str, Capability]:
 
 
 def _memory_bytes(config: Config) -> int:
-    return sum(spec.capacity_bytes or 0 for spec in config.tier)
+    return sum(spec.capacity_bytes or 0 for spec in config.tier if spec.kind in MEMORY_KINDS)
 
 
 def _tiers_error(config: Config, facts: Host) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -50,6 +51,7 @@ def _show_pool(address: str, status: dict[str, Any]) -> None:
     output.line("")
     columns = ("tier", ">used", ">capacity", ">fill", "nodes", ">latency", ">bandwidth")
     output.table(columns, [_tier_row(tier) for tier in status["tiers"]])
+    _show_devices(status["devices"])
     _show_remote(status["remote"])
 
 
@@ -72,9 +74,23 @@ def _tier_row(tier: dict[str, Any]) -> tuple[str, ...]:
     nodes = "+".join(map(str, tier["nodes"])) + ("" if tier["online"] else " offline")
     latency, bandwidth = tier["idle_latency_s"], tier["bandwidth_bytes_s"]
     return (
-        tier["name"], format_bytes(used), format_bytes(capacity), f"{used / capacity:.0%}", nodes,
+        tier["name"], format_bytes(used), format_bytes(capacity) if capacity else "not known yet",
+        f"{used / capacity:.0%}" if capacity else "", nodes,
         format_seconds(latency) if latency else "", format_rate(bandwidth) if bandwidth else "",
     )  # fmt: skip
+
+
+def _show_devices(devices: Sequence[dict[str, Any]]) -> None:
+    """What processes have on devices, where any has."""
+    if not devices:
+        return
+    output.line("")
+    rows = [
+        (device["device"], device["pid"], device["model"], format_bytes(device["held_bytes"]),
+         format_bytes(device["budget_bytes"]), device["orders"], device["tier"] or "none")
+        for device in devices
+    ]  # fmt: skip
+    output.table(("device", ">process", "model", ">copies", ">budget", ">orders", "tier"), rows)
 
 
 def _show_remote(remote: dict[str, Any]) -> None:
@@ -148,6 +164,13 @@ def _show_model(model: dict[str, Any]) -> None:
         output.table(("fingerprint", "value"), sorted(model["fingerprint"].items()))
     output.line("")
     # Neighbours in the same tier share a row: a model has up to hundreds of layers, mostly in few runs.
-    runs = [(tier, [layer for layer, _ in run]) for tier, run in groupby(model["residency"].items(), lambda x: x[1])]
+    places = [(layer, _with_copies(model, layer, tier)) for layer, tier in model["residency"].items()]
+    runs = [(tier, [layer for layer, _ in run]) for tier, run in groupby(places, lambda x: x[1])]
     rows = [(len(run), run[0] if len(run) == 1 else f"{run[0]} ... {run[-1]}", tier) for tier, run in runs]
     output.table((">layers", "from ... to", "tier"), rows)
+
+
+def _with_copies(model: dict[str, Any], layer: str, tier: str) -> str:
+    """Where a layer is, and how much of it is on which device too."""
+    copies = [f"{format_bytes(held[layer])} on {name}" for name, held in model["replicas"].items() if layer in held]
+    return tier + "".join(f", {copy}" for copy in copies)

@@ -30,6 +30,7 @@ OFFLINE = "node offline"
 LATE = "no time left"
 NO_DEVICE = "no device"
 NOT_COPIED = "not copied"
+IN_USE = "in use"
 """Causes: why a page was not moved."""
 
 _KEPT = 20_000

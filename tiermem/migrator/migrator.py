@@ -40,7 +40,8 @@ class Migrator:
     ) -> None:
         self.log = MoveLog(journal)
         self.quota = quota
-        self.replicas = Replicas(self.log, lock)
+        self.replicas = Replicas(self.log, memory.tiers, lock)
+        memory.pins.registered = self.replicas.registered
         self.evicted_bytes = 0
         self.moved_bytes = 0
         self._relocation = Relocation(memory, self.log, History(), lock)
@@ -62,7 +63,10 @@ class Migrator:
         busy: list[Order] = []
         for batch in self._batches(plan, rows):
             if isinstance(batch, Move):
-                self._do(batch, rows)
+                if batch.kind == "copy" and (stop.is_set() or time.monotonic() >= end_s):
+                    self.log.refused[log.LATE] += batch.pages
+                else:
+                    self._do(batch, rows)
                 continue
             nbytes = sum(order.nbytes for order in batch)
             if not self._wait(end_s, stop):

@@ -12,6 +12,8 @@ A policy is a file with one class:
 It may keep what it learned in `self`; equal sequences of views must give equal plans. docs/policy.md is its manual.
 """
 
+from tiermem.policy.copying import as_copies as as_copies
+from tiermem.policy.copying import as_memory as as_memory
 from tiermem.policy.plan import Move as Move
 from tiermem.policy.plan import Plan as Plan
 from tiermem.policy.plan import check_plan as check_plan

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tiermem.errors import PolicyError
 from tiermem.policy.placing import check_place
 from tiermem.policy.plan import Plan, check_plan
-from tiermem.policy.sample import sample_request, subset
+from tiermem.policy.sample import sample_request, subset, with_device
 from tiermem.policy.sample import sample_view as sample_view
 from tiermem.policy.source import describe, line_of
 from tiermem.policy.view import Request, View
@@ -72,6 +72,7 @@ def cases() -> list[tuple[str, list[View]]]:
         ("one page", [sample_view(1, 1)]),
         ("two memory tiers and disk", [usual, replace(usual, now_s=usual.now_s + 1)]),
         ("three memory tiers and disk", [sample_view(_SMALL, 3, memory_tiers=3, quota_bytes=_QUOTA_BYTES)]),
+        ("a device, two memory tiers and disk", [with_device(usual, _SMALL // 10)]),
         ("one memory tier, full, and a load waits",
          [sample_view(_SMALL, 4, memory_tiers=1, full=1.0, needed_bytes=128 * PAGE_BYTES)]),
         ("nothing known", [replace(dark, tiers=tuple(unmeasured))]),

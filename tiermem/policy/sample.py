@@ -61,6 +61,18 @@ def sample_view(
     return View(now_s, _tiers(rows.tier, memory_tiers, full), models, rows, needed_bytes, quota_bytes)
 
 
+def with_device(view: View, places: int) -> View:
+    """The view of a pool that also has a device, as tier 0: room for copies of so many pages, of which pages that
+    somebody reads have half."""
+    pages, device = view.pages, TierView(0, "hbm@npu:0", "hbm", places * PAGE_BYTES, 0)
+    copied = np.flatnonzero(pages.leased & (pages.tier >= 0) & (pages.tier < len(view.tiers) - 1))[: places // 2]
+    columns = {"tier": np.where(pages.tier < 0, pages.tier, pages.tier + 1).astype(np.int8)}
+    columns["replicas"] = np.zeros(len(pages), np.uint8)
+    columns["replicas"][copied] = 1
+    tiers = (replace(device, used_bytes=len(copied) * PAGE_BYTES), *(replace(t, id=t.id + 1) for t in view.tiers))
+    return replace(view, tiers=tiers, pages=replace(pages, **_frozen(columns)))
+
+
 def sample_request(pages: int, tiers: tuple[TierView, ...], seed: int = 0) -> Request:
     """A new model of so many pages, 32 layers in their order, that asks for a place in these tiers."""
     random = np.random.default_rng(seed)
