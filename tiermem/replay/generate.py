@@ -4,6 +4,7 @@
     moe     one mixture of experts: the dense part of each layer, and the experts that its router names.
     switch  300 models; each request opens one, passes over it many times, and releases it. Several at once.
     mixed   the three of them in one pool.
+    passes  for devices: 300 models of one size; each request passes over one of them once.
 
 Sizes and rates are those of serving on CPUs, where a step is as fast as its weights can be read: tens of GB/s.
 """
@@ -44,10 +45,10 @@ class Workload:
     experts, top_k, batch, skew   of moe: 128 experts of which a token takes 8, as in Qwen3-30B-A3B; tokens in a step;
                   the exponent of Zipf's law by which experts of a layer are popular (measured routers: 0.5 to 1.2)
     drift_s       after so long, two experts of each layer have exchanged their popularity
-    models, popularity   of switch, with the exponent of Zipf's law by which they are asked for (0.9 to 1.1 for the
-                  functions and models of public clouds); sizes are Pareto distributed, of exponent 1.2
-    requests_per_s, request_s   of switch: arrivals are Pareto distributed (exponent 1.5: bursts), and a request lasts
-                  so long in the mean, exponentially distributed, at least half a second
+    models, popularity   of switch and passes, with the exponent of Zipf's law by which they are asked for (0.9 to 1.1
+                  for the functions and models of public clouds); sizes of switch are Pareto distributed (exponent 1.2)
+    requests_per_s, request_s   of switch and passes: arrivals are Pareto distributed (exponent 1.5: bursts), and a
+                  request of switch lasts so long in the mean, exponentially distributed, at least half a second
     """
 
     kind: str
@@ -75,12 +76,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Kind -> what it has other defaults for: about 10 million page touches each."""
 
+DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "passes": {"nbytes": 300 * 64 * PAGE_BYTES, "duration_s": 1000.0, "requests_per_s": 10.0},
+}
+"""The same of kinds whose every visit is a request: about 10,000 of them, to models of 128 MiB."""
+
 
 def workload(kind: str, **given: Any) -> Workload:
     """Of a kind, with its defaults where None is given. Raises ConfigError for what cannot be generated."""
-    made = Workload(kind, **(DEFAULTS[kind] | {name: value for name, value in given.items() if value is not None}))
+    defaults = (DEFAULTS | DEVICE_DEFAULTS)[kind]
+    made = Workload(kind, **(defaults | {name: value for name, value in given.items() if value is not None}))
     least = {"dense": made.layers + 2, "moe": made.layers * 8, "switch": made.models * 2,
-             "mixed": made.layers * 10 + made.models * 4}[kind]  # fmt: skip
+             "mixed": made.layers * 10 + made.models * 4, "passes": made.models}[kind]  # fmt: skip
     if made.nbytes < least * 2 * PAGE_BYTES:
         raise ConfigError(f"--size {made.nbytes >> 20} MiB is too small for {kind}; it takes {least * 4} MiB and more")
     for name in ("duration_s", "steps_per_s", "drift_s", "requests_per_s", "request_s", "layers", "batch", "models"):
@@ -208,22 +215,36 @@ def _switch(builder: Builder, random: np.random.Generator, asked: Workload, page
     weights = random.pareto(1.2, asked.models) + 1
     shares = np.minimum(weights / weights.sum(), _LARGEST)
     sizes = np.maximum(2, shares / shares.sum() * pages).astype(np.int64)
+    chances = _chances(random, asked)
+    firsts = builder.pages + np.cumsum(sizes) - sizes
+    numbers = _models(builder, sizes)
+    for start in _arrivals(random, asked).tolist():
+        i = int(random.choice(asked.models, p=chances))
+        end = min(asked.duration_s, start + max(0.5, random.exponential(asked.request_s)))
+        builder.add_use(numbers[i], start, end)
+        _request(builder, start, end, int(firsts[i]), int(sizes[i]))
+
+
+def _chances(random: np.random.Generator, asked: Workload) -> npt.NDArray[np.float64]:
+    """Of each model to be the one that is asked for."""
     popular = random.permutation(np.arange(1, asked.models + 1) ** -asked.popularity)
-    chances = popular / popular.sum()
-    base = builder.pages
-    firsts = base + np.cumsum(sizes) - sizes
+    return np.asarray(popular / popular.sum())
+
+
+def _models(builder: Builder, sizes: npt.NDArray[np.int64]) -> list[int]:
+    """Models of so many pages, in a few layers each. Their numbers."""
     numbers = []
     for i, size in enumerate(sizes.tolist()):
         parts = min(32, max(2, size // 8))
         cuts = np.diff(np.linspace(0, size, parts + 1).astype(np.int64)).tolist()
         numbers.append(_model(builder, f"model-{i:03}", cuts))
+    return numbers
+
+
+def _arrivals(random: np.random.Generator, asked: Workload) -> npt.NDArray[np.float64]:
     gaps = random.pareto(1.5, int(asked.duration_s * asked.requests_per_s * 4) + 64) * 0.5 / asked.requests_per_s
     starts = np.cumsum(gaps)
-    for start in starts[starts < asked.duration_s].tolist():
-        i = int(random.choice(asked.models, p=chances))
-        end = min(asked.duration_s, start + max(0.5, random.exponential(asked.request_s)))
-        builder.add_use(numbers[i], start, end)
-        _request(builder, start, end, int(firsts[i]), int(sizes[i]))
+    return np.asarray(starts[starts < asked.duration_s])
 
 
 def _request(builder: Builder, start: float, end: float, first: int, pages: int) -> None:
@@ -245,6 +266,17 @@ def _mixed(builder: Builder, random: np.random.Generator, asked: Workload, pages
     _switch(builder, random, asked, pages // 2)
 
 
+def _passes(builder: Builder, random: np.random.Generator, asked: Workload, pages: int) -> None:
+    size = pages // asked.models
+    numbers = np.array(_models(builder, np.full(asked.models, size)))
+    starts, chances = _arrivals(random, asked), _chances(random, asked)
+    chosen = random.choice(asked.models, len(starts), p=chances)
+    page = chosen[:, None] * size + np.arange(size)
+    builder.add_visits(starts, np.full(len(starts), size), page.ravel())
+    for start, model in zip(starts.tolist(), numbers[chosen].tolist(), strict=True):
+        builder.add_use(model, start, min(asked.duration_s, start + size * PAGE_BYTES / _READ_BYTES_S))
+
+
 _KINDS: dict[str, Callable[[Builder, np.random.Generator, Workload, int], None]] = {
-    "dense": _dense, "moe": _moe, "switch": _switch, "mixed": _mixed,
+    "dense": _dense, "moe": _moe, "switch": _switch, "mixed": _mixed, "passes": _passes,
 }  # fmt: skip
