@@ -13,14 +13,15 @@ TEST_VM := $(BIN)/python -m pytest tests/vm -p no:cacheprovider --timeout 600 --
 needs = @command -v $(1) > /dev/null || { echo "$(1) is missing; on Debian and Ubuntu: apt-get install $(1)" >&2; exit 1; }
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test test-native test-python test-vm test-engines check sanitize conformance wheel clean
-.PHONY: bench bench-sampling bench-policies bench-replay bench-peer bench-control
+.PHONY: help demo test test-native test-python test-vm test-engines test-npu check sanitize conformance wheel clean
+.PHONY: bench bench-sampling bench-policies bench-replay bench-peer bench-control bench-switching
 
 help:
 	@echo "make demo         show it all on this machine in a minute"
 	@echo "make test         the tests: native core, then unit, integration, hostile"
 	@echo "make test-vm      memory tiers and RDMA on real kernels: tests/vm in virtual machines"
 	@echo "make test-engines vLLM, transformers, ONNX Runtime, llama.cpp, MindSpore and SGLang's package: tests/engines"
+	@echo "make test-npu     torch_npu on a simulated ACL: tests/npu"
 	@echo "make check        style and types"
 	@echo "make sanitize     the native tests under ASan+UBSan and under TSan"
 	@echo "make conformance  safetensors' own tests; SAFETENSORS_SRC=a checkout of safetensors"
@@ -30,6 +31,7 @@ help:
 	@echo "make bench-replay  how fast traces are generated, replayed and put to the oracle"
 	@echo "make bench-peer   weights from pool to pool over TCP, beside iperf3; PEER=--mooncake PYTHON for Mooncake too"
 	@echo "make bench-control  control calls of clients and peers, beside bare gRPC"
+	@echo "make bench-switching  10,000 switches between models behind one budget of device memory, on cpu as device"
 	@echo "make wheel        a wheel in dist/"
 	@echo "make clean        remove all that make made"
 
@@ -58,6 +60,10 @@ test-vm: $(INSTALLED)
 # ONNX Runtime, llama.cpp and transformers live beside the tests, the others in environments of their own.
 test-engines: $(VENV)/installed-engines .venv-vllm/installed .venv-mindspore/installed build/engines/sglang
 	$(BIN)/python -m pytest tests/engines $(PYTEST)
+
+# The real torch_npu; what it drives is tests/sim_acl, which the tests build.
+test-npu: .venv-npu/installed
+	.venv-npu/bin/python -m pytest tests/npu $(PYTEST)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -100,12 +106,15 @@ bench-control: $(INSTALLED)
 	$(call needs,openssl)
 	$(BIN)/python -m tests.bench.control
 
+bench-switching: $(INSTALLED)
+	$(BIN)/python -m tests.bench.switching --switches 10000
+
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-mindspore build dist *.egg-info tiermem/_ffi*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-mindspore .venv-npu build dist *.egg-info tiermem/_ffi*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/pyvenv.cfg:
@@ -146,6 +155,14 @@ $(VENV)/installed-engines: $(VENV)/installed-models
 	$(PIP_OF) install --quiet --constraint constraints.txt setuptools cffi cmake ninja
 	$(PIP_OF) install --quiet --no-build-isolation --editable '.[$*]'
 	$(PIP_OF) uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# torch_npu goes by the version of torch. Without CANN, torch imports only where it does not load its backends by itself.
+.venv-npu/installed: PIP_OF = .venv-npu/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+.venv-npu/installed: $(INSTALLED)
+	$(PYTHON) -m venv .venv-npu
+	$(PIP_OF) setuptools cffi cmake ninja
+	$(PIP_OF) --no-build-isolation --editable '.[test]' torch==2.13.0 torch-npu==2.13.0
 	@touch $@
 
 # SGLang itself needs CUDA. What its model loaders import, without what they compute with.
