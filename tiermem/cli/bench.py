@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tiermem.cli import bench_engine, output
+from tiermem.cli import bench_device, bench_engine, output
 from tiermem.cli.flags import address_flag, config_flags, json_flag
 from tiermem.config import load_config
 from tiermem.errors import ModelNotFound
@@ -29,8 +29,8 @@ runs_flag = click.option("--runs", default=5, show_default=True, type=click.IntR
 
 @click.group()
 def command() -> None:
-    """Time loads and opens of a checkpoint of yours, inference engines on it, or migration of memory, and verify the
-    bytes.
+    """Time loads and opens of a checkpoint of yours, inference engines on it, migration of memory, or an accelerator,
+    and verify the bytes.
 
     PATH is a checkpoint, or the name of a model in the pool; by default it is the only model of the pool. The host's
     daemon is timed if it answers, else a pool of this process; engines need a daemon.
@@ -38,6 +38,7 @@ def command() -> None:
 
 
 command.add_command(bench_engine.command, "engine")
+command.add_command(bench_device.command, "device")
 
 
 @command.command("open")
