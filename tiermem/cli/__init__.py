@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "trace": ("tiermem.cli.trace", "Generate a trace of page touches, for replay."),
     "replay": ("tiermem.cli.replay", "Judge policies on a trace or a recording."),
     "doctor": ("tiermem.cli.doctor", "Show what this host can do, and why not the rest."),
-    "bench": ("tiermem.cli.bench", "Time loads, opens, migration, engines and devices, and verify the bytes."),
+    "bench": ("tiermem.cli.bench", "Time loads, engines and devices, and verify the bytes."),
     "demo": ("tiermem.cli.demo", "Show it all on this machine in a minute."),
 }
 """Command -> the module whose `command` it is, and its line of help."""
