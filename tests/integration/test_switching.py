@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ class Cpu(Unreliable):
 
 
 class Slow(Unreliable, SlowDevice):
-    """Copies also fail later, when the device does them: the events that are recorded behind them say so for ever."""
+    """Copies also fail later, when the device does them: the events that are recorded behind them say so from then on,
+    for ever."""
 
     def __init__(self) -> None:
         SlowDevice.__init__(self)
@@ -101,11 +103,11 @@ class Slow(Unreliable, SlowDevice):
         genuine = made.record
 
         def record(stream: Any) -> None:
-            genuine(stream)
             if stream is self.side() and self.happens("stream", 0.002):
                 self.broken.add(stream)
             if stream in self.broken:
-                made.fault = RuntimeError("uncorrectable")
+                stream.enqueue("fail", partial(setattr, made, "fault", RuntimeError("uncorrectable")))
+            genuine(stream)
 
         made.record = record
         return made  # type: ignore[no-any-return]

@@ -74,6 +74,7 @@ class Mark:
     def synchronize(self) -> None:
         self._ask()
         self.point.wait()
+        self._ask()
 
     def wait(self, stream: Line) -> None:
         stream.wait_event(self)

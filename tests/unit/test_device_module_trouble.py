@@ -243,7 +243,7 @@ def test_a_device_that_is_lost_is_told_and_can_be_left(
 
             monkeypatch.setattr(slow, "copy", copy)
             for _ in range(3):
-                with pytest.raises(DeviceLost, match="slow:0 answers no more"):
+                with pytest.raises(DeviceLost, match=r"slow:0 (answers no|does nothing) more"):
                     twice(net)
         assert net.layers[0].weight is before
     assert on.residency.used_bytes == on.residency.reserved_bytes == on.residency.pinned_bytes == 0

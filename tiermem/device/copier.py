@@ -271,7 +271,8 @@ class Copier:
             self.stream = self.device.stream()
 
     def _finish(self) -> None:
-        """Return when all copies that were begun have ended."""
+        """Return when all copies that were begun have ended: an event tells of a failure only once what was enqueued
+        before it does nothing more."""
         for event, _ in self._in_flight:
             with suppress(RuntimeError):
                 event.synchronize()
