@@ -21,7 +21,7 @@ from tiermem.device.backend import ALIGN, Registration, open_device
 from tiermem.device.carrier import TensorCarrier
 from tiermem.device.holding import Holding
 from tiermem.device.module import Attached
-from tiermem.device.replica import Replica, Weight
+from tiermem.device.replica import Replica, Weight, weights_of
 from tiermem.device.residency import Residency
 from tiermem.device.stage import bytes_of
 from tiermem.device.worth import Worth
@@ -84,7 +84,7 @@ class DeviceModel(Mapping[str, "torch.Tensor"]):
         self.name = model.name
         self._model, self._steering, self._ahead = model, steering, ahead
         self._copied = np.zeros(len(model.manifest.tensors), np.bool_)
-        self._weights = _weights_of(model, self._copied)
+        self._weights = weights_of(model, model.digests(), partial(_give, model, self._copied))
         self._held = dict[str, Holding]()
         self._lock = threading.RLock()
         self._worth = Worth()
@@ -272,24 +272,10 @@ class DeviceModel(Mapping[str, "torch.Tensor"]):
         return int(np.sort(sizes)[::-1][: 1 + self._ahead].sum()) or ALIGN
 
 
-def _weights_of(model: Model, copied: npt.NDArray[np.bool_]) -> dict[str, Weight]:
-    """By name. Equal digests are equal bytes; until a tensor is loaded its digest may be unknown."""
-    digests, numbers = model.digests(), model.manifest.by_name
-    return {
-        name: Weight(
-            digests[name] or (model.manifest.identity, numbers[name]),
-            name,
-            model.info(name).nbytes,
-            partial(_give, model, name, copied, numbers[name]),
-        )
-        for name in model
-    }
-
-
-def _give(model: Model, name: str, copied: npt.NDArray[np.bool_], number: int) -> memoryview:
+def _give(model: Model, copied: npt.NDArray[np.bool_], name: str) -> memoryview:
     """A tensor's bytes, to be copied."""
     given = model.raw(name)
-    copied[number] = True
+    copied[model.manifest.by_name[name]] = True
     return given
 
 

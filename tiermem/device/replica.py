@@ -5,8 +5,9 @@ Owns what is known of one copy. Never decides whether it stays: its residency do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tiermem.device.arena import Block
@@ -16,6 +17,8 @@ from tiermem.errors import Refused
 
 if TYPE_CHECKING:
     import torch
+
+    from tiermem.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,20 @@ class Weight:
     name: str
     nbytes: int
     source: Callable[[], memoryview]
+
+
+def weights_of(
+    model: Model, digests: Mapping[str, bytes | None], source: Callable[[str], memoryview]
+) -> dict[str, Weight]:
+    """Of the tensors of a model whose `digests` are given, by name; `source(name)` gives the bytes of one. A tensor
+    without a digest is equal to itself alone."""
+    manifest = model.manifest
+    return {
+        name: Weight(
+            digest or (manifest.identity, manifest.by_name[name]), name, model.info(name).nbytes, partial(source, name)
+        )
+        for name, digest in digests.items()
+    }
 
 
 @dataclass(eq=False, slots=True)

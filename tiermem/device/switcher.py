@@ -10,12 +10,11 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tiermem.device.backend import open_device
 from tiermem.device.holding import Holding
-from tiermem.device.replica import Weight
+from tiermem.device.replica import Weight, weights_of
 from tiermem.device.residency import Residency
 from tiermem.dtypes import torch_layout
 from tiermem.errors import Closed, ModelNotFound, Refused
@@ -214,8 +213,4 @@ def _weights_of(model: Model) -> dict[str, Weight]:
     if None in digests.values():
         model.wait()
         digests = model.digests()
-    numbers, identity = model.manifest.by_name, model.manifest.identity
-    return {
-        name: Weight(digest or (identity, numbers[name]), name, model.info(name).nbytes, partial(model.raw, name))
-        for name, digest in digests.items()
-    }
+    return weights_of(model, digests, model.raw)
